@@ -155,7 +155,8 @@ class Engine:
             n: responses per prompt; >= 1.
             keys: one 64-bit stream key per prompt (``stable_key``).
             first_sample: number of the first sample, to extend an earlier call by more samples.
-            prefill: text that every response starts with; not counted against the budget.
+            prefill: start of the response that the prompts already end with (``<think>``); it is
+                shown in each completion's text and nowhere else.
 
         Returns:
             Completions ``[prompts][n]``.
@@ -165,8 +166,7 @@ class Engine:
                 positions.
         """
         self._check(prompts, sampling, n, keys)
-        start = self.tokenizer(prefill, add_special_tokens=False)["input_ids"] if prefill else []
-        full = [[*prompt, *start] for prompt in prompts]
+        full = [list(prompt) for prompt in prompts]
         per_pass = max(1, self.max_rows // n)
         done: list[list[Completion]] = []
         was_training = self.model.training

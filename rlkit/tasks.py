@@ -191,7 +191,7 @@ def load_problems(
                 f"task={task!r} is unknown: expected one of {', '.join((*EMBEDDED, *HUB))}, or the "
                 "path of a .jsonl or .parquet file"
             )
-        rows = load_hub(task, revision=revision, split=split)
+        rows = load_hub(task, revision=revision, split=split, n=n)
     if not rows:
         raise ValueError(f"The {split} split of {task!r} is empty; a run needs at least one problem")
     if n is not None and len(rows) < n:

@@ -120,15 +120,15 @@ def test_stop_reasons_and_end_token(model, tokenizer) -> None:
         assert "<|end|>" not in c.text
 
 
-def test_prefill_text_leads_the_response_but_not_its_ids(model, tokenizer) -> None:
-    sampling = Sampling(6, greedy=True)
+def test_prefill_is_shown_in_the_text_but_not_generated(model, tokenizer) -> None:
     engine = Engine(model, tokenizer)
-    prompt = tokenizer("Compute 19+14.")["input_ids"]
-    (with_prefill,) = engine.generate([prompt], sampling, n=1, keys=[0], prefill="<think>")[0]
-    longer = prompt + tokenizer("<think>")["input_ids"]
-    (by_hand,) = engine.generate([longer], sampling, n=1, keys=[0])[0]
-    assert with_prefill.token_ids == by_hand.token_ids
-    assert with_prefill.text == "<think>" + by_hand.text
+    prompt = tokenizer("Compute 19+14.<think>")["input_ids"]
+    (plain,) = engine.generate([prompt], Sampling(6, greedy=True), n=1, keys=[0])[0]
+    (shown,) = engine.generate(
+        [prompt], Sampling(6, greedy=True), n=1, keys=[0], prefill="<think>"
+    )[0]
+    assert shown.token_ids == plain.token_ids
+    assert shown.text == "<think>" + plain.text
 
 
 def test_uniform_draws_are_uniform_and_independent() -> None:

@@ -40,10 +40,14 @@ def chain_sums(task: str) -> Iterator[tuple[str, int]]:
     """
     spec = CHAINS[task]
     lengths = range(spec.terms[0], spec.terms[1] + 1)
-    return (item for turn in zip(*(of_length(spec, n) for n in lengths)) for item in turn)
+    # Items of one index share their numbers at every length. Edge accepts so many that the lengths
+    # would repeat each other; chain accepts about one in 1,000 and no two coincide.
+    starts = [0 if task == "chain" else n * 10**7 for n in lengths]
+    streams = [of_length(spec, n, start) for n, start in zip(lengths, starts, strict=True)]
+    return (item for turn in zip(*streams, strict=True) for item in turn)
 
 
-def of_length(spec: ChainSpec, terms: int) -> Iterator[tuple[str, int]]:
+def of_length(spec: ChainSpec, terms: int, start: int) -> Iterator[tuple[str, int]]:
     data = reasoning_gym.create_dataset(
         "chain_sum",
         min_terms=terms,
@@ -53,7 +57,7 @@ def of_length(spec: ChainSpec, terms: int) -> Iterator[tuple[str, int]]:
         seed=SEED,
         size=10**9,
     )
-    for index in range(10**9):
+    for index in range(start, 10**9):
         entry = data[index]
         chain = parse(entry["metadata"]["expression"])
         if chain.fits(spec):
