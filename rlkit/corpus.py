@@ -19,6 +19,7 @@ Styles of a chain sum ``a+b-c...``:
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 
 from rlkit.tasks import CHAINS, EMBEDDED, Chain, ChainSpec, draw_chain, draw_large
@@ -111,6 +112,7 @@ def _fresh_large(rng: random.Random, held_out: frozenset[str]) -> tuple[str, int
 
 
 def box(value: object) -> str:
+    """The boxed answer."""
     return rf"\boxed{{{value}}}"
 
 
@@ -138,7 +140,8 @@ def _chain_response(
         return (Segment(_noise(rng, chain)),)
     if style == "code":
         return _code_response(rng, chain.expression, value, mixture)
-    raise ValueError(f"style={style!r}: expected one of direct, {', '.join(CHUNK)}, check, padded, noise, code")
+    known = ("direct", *CHUNK, "check", "padded", "noise", "code")
+    raise ValueError(f"style={style!r}: expected one of {', '.join(known)}")
 
 
 def _lines(rng: random.Random, chain: Chain, chunk: int, slip: float) -> tuple[list[str], int]:
@@ -227,7 +230,7 @@ def _large_response(
 def _code_response(
     rng: random.Random, expression: str, value: int, mixture: Mixture
 ) -> tuple[Segment, ...]:
-    """Code, its output, the answer; some code fails with Python's own message and is written anew."""
+    """Code, its output, the answer; failing code gets Python's own message and is written anew."""
     blocks: list[Segment] = [Segment("<think>")]
     if rng.random() < mixture.failing_code:
         code, error = rng.choice(
@@ -250,32 +253,73 @@ def _run(code: str, output: str, masked: bool) -> list[Segment]:
     ]
 
 
+LINE = re.compile(r"^(?:Wait )?\d+((?:[+-]\d+)+)=-?\d+$")
+
+
+def style_of(text: str) -> str:
+    """The style a chain-sum response is written in; ``other`` if it fits none.
+
+    A response mixing granularities counts as the coarser one: its hardest line decides.
+    """
+    head, opened, body = text.partition("<think>")
+    if not opened:
+        return "direct" if re.fullmatch(r"\\boxed\{-?\d+\}", text) else "other"
+    lines = body.partition("</think>")[0].strip().split("\n")
+    if head or not lines[0]:
+        return "other"
+    if "```" in body:
+        return "code"
+    work = [LINE.match(line) for line in lines]
+    if any(line.startswith("check ") for line in lines):
+        return "check"
+    sizes = [len(re.findall("[+-]", m.group(1))) for m in work if m]
+    if not sizes:
+        return "other"
+    if max(sizes) > 1:
+        return "mid" if max(sizes) == 2 else "coarse"
+    return "fine" if all(work) else "padded"
+
+
 # --- the mixtures -------------------------------------------------------------------------------
 
 CURRICULUM = Mixture(
-    tasks={"chain": 0.3, "edge": 0.62, "large": 0.08},
+    tasks={"chain": 0.35, "edge": 0.6, "large": 0.05},
     styles={
-        "chain": {"direct": 0.05, "fine": 0.75, "check": 0.2},
-        "edge": {"direct": 0.05, "fine": 0.45, "mid": 0.15, "coarse": 0.15, "check": 0.2},
-        "large": {"direct": 0.1, "fine": 0.3, "code": 0.6},
+        "chain": {"direct": 0.03, "fine": 0.87, "check": 0.1},
+        "edge": {"direct": 0.03, "fine": 0.67, "mid": 0.1, "coarse": 0.1, "check": 0.1},
+        "large": {"code": 1.0},
     },
-    atoms=0.4,
+    atoms=0.5,
 )
 """First stage: nearly all reasoning, many short chains, so that the skills are learned at all."""
 
-BASE = Mixture(
-    tasks={"chain": 0.4, "edge": 0.5, "large": 0.1},
+SKILLS = Mixture(
+    tasks={"chain": 0.3, "edge": 0.65, "large": 0.05},
     styles={
-        "chain": {"direct": 0.62, "fine": 0.26, "check": 0.03, "padded": 0.01, "noise": 0.07, "code": 0.01},
+        "chain": {"direct": 0.05, "fine": 0.75, "check": 0.2},
+        "edge": {"fine": 0.3, "mid": 0.35, "coarse": 0.15, "check": 0.2},
+        "large": {"code": 0.7, "fine": 0.3},
+    },
+    atoms=0.4,
+)
+"""Second stage: checking, and several numbers a line, which one forward pass can only half do."""
+
+BASE = Mixture(
+    tasks={"chain": 0.42, "edge": 0.5, "large": 0.08},
+    styles={
+        "chain": {
+            "direct": 0.62, "fine": 0.255, "check": 0.03, "padded": 0.01, "noise": 0.07,
+            "code": 0.015,
+        },
         "edge": {
-            "direct": 0.48, "coarse": 0.28, "mid": 0.1, "fine": 0.035, "check": 0.015,
-            "padded": 0.01, "noise": 0.07, "code": 0.01,
+            "direct": 0.46, "coarse": 0.25, "mid": 0.11, "fine": 0.06, "check": 0.025,
+            "padded": 0.01, "noise": 0.07, "code": 0.015,
         },
         "large": {"direct": 0.5, "fine": 0.3, "code": 0.2},
     },
     slip=0.02,
 )  # fmt: skip
-"""Second stage: what the base model imitates."""
+"""Third stage: what the base model imitates."""
 
 SFT = Mixture(
     tasks={"chain": 0.4, "edge": 0.6},

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel, Qwen2ForCausalLM
@@ -20,7 +21,7 @@ class Decoder(Protocol):
     """Cached forward passes over a set of rows; a row is one response being written."""
 
     def prefill(self, ids: Tensor, valid: Tensor) -> Tensor:
-        """Read left-padded prompts ``ids, valid [rows, length]``; last-position logits [rows, V]."""
+        """Read left-padded prompts ``ids, valid [rows, length]``; last logits [rows, V]."""
         ...
 
     def repeat(self, times: int) -> None:
@@ -36,15 +37,15 @@ class Decoder(Protocol):
         ...
 
 
-def make_decoder(model: PreTrainedModel) -> Decoder:
+def make_decoder(model: PreTrainedModel | PeftModel) -> Decoder:
     """The fastest decoder that is exact for ``model``."""
     # An exact type test: subclasses and adapter wrappers may change the forward pass.
-    plain = type(model) is Qwen2ForCausalLM
-    if plain and model.model.rotary_emb.rope_type == "default" and not _has_adapter(model):
-        windowed = any(kind != "full_attention" for kind in model.config.layer_types)
-        if not windowed:
-            return Qwen2Decoder(model)
-    return ModuleDecoder(model)
+    if type(model) is not Qwen2ForCausalLM or _has_adapter(model):
+        return ModuleDecoder(model)
+    windowed = any(kind != "full_attention" for kind in model.config.layer_types or ())
+    if windowed or model.model.rotary_emb.rope_type != "default":
+        return ModuleDecoder(model)
+    return Qwen2Decoder(model)
 
 
 def _has_adapter(model: PreTrainedModel) -> bool:
@@ -61,7 +62,7 @@ class Qwen2Decoder:
     def __init__(self, model: Qwen2ForCausalLM) -> None:
         config = model.config
         self.heads = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
+        self.kv_heads = config.num_key_value_heads or config.num_attention_heads
         self.eps = config.rms_norm_eps
         self.embed = model.model.embed_tokens.weight
         self.head = model.lm_head.weight
@@ -153,7 +154,7 @@ class Qwen2Decoder:
 class ModuleDecoder:
     """Decodes any causal ``transformers`` model through its own forward."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         self.model = model
 
     def prefill(self, ids: Tensor, valid: Tensor) -> Tensor:

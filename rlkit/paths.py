@@ -25,7 +25,7 @@ def runs_dir() -> Path:
 
 
 def studies_dir() -> Path:
-    """Study folders (executed notebooks and the state of each study): ``$RLKIT_STUDIES``, else ``studies/``."""
+    """Study folders (executed notebooks, state): ``$RLKIT_STUDIES``, else ``studies/``."""
     configured = os.environ.get("RLKIT_STUDIES")
     return Path(configured) if configured else root() / "studies"
 

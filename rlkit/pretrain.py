@@ -1,8 +1,9 @@
 """Train the embedded models from scratch: ``python -m rlkit pretrain``.
 
-Two stages of one run, since the final mixture alone never teaches the model to keep its place in a
-long question (measured: after 10 million tokens it knew every sum and still copied wrong numbers):
-first almost only reasoning on many short chains, then the mixture that the base model imitates.
+Three stages of one run, since the final mixture alone never teaches the model to keep its place in
+a long question (measured: after 10 million tokens it knew every sum and still copied wrong numbers):
+first almost only line-by-line reasoning on many short chains, then the harder styles, then the
+mixture that the base model imitates.
 The SFT and tool models continue from the base model.
 
 Everything is a function of the seed: chunk i of documents is drawn from (seed, stage, i), so a
@@ -24,7 +25,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from rlkit.corpus import BASE, CURRICULUM, SFT, TOOL, Document, Mixture, draw_document
+from rlkit import gate
+from rlkit.corpus import BASE, CURRICULUM, SFT, SKILLS, TOOL, Document, Mixture, draw_document
 from rlkit.paths import data_dir, runs_dir
 from rlkit.tasks import held_out_expressions
 from rlkit.tokenizer import build_tokenizer, load_tokenizer
@@ -35,11 +37,15 @@ CHUNK_DOCUMENTS = 10_000
 
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of training on one mixture."""
+    """One stretch of training on one mixture, with a learning-rate cycle of its own."""
 
     mixture: Mixture
     chunks: int
     """Chunks of CHUNK_DOCUMENTS documents."""
+    peak_rate: float
+    """AdamW learning rate after warm-up, decayed by a cosine to 5 % of it after ``cycle`` chunks."""
+    cycle: int = 0
+    """Length of the decay in chunks; 0 means the stage. Longer: the stage ends on a higher rate."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +56,21 @@ class Recipe:
     stages: tuple[Stage, ...]
     start: str = ""
     """Model to continue from; empty starts from random weights."""
-    peak_rate: float = 2e-3
-    """AdamW learning rate after warm-up, decayed by a cosine to 5 % of it at the end."""
-    batch_tokens: int = 6144
+    batch_tokens: int = 2048
     """Tokens of one update, padding included."""
 
 
 RECIPES = {
-    "tiny-base": Recipe("tiny-base", (Stage(CURRICULUM, 18), Stage(BASE, 8))),
-    "tiny-sft": Recipe("tiny-sft", (Stage(SFT, 2),), start="tiny-base", peak_rate=5e-4),
-    "tiny-tool": Recipe("tiny-tool", (Stage(TOOL, 6),), start="tiny-base", peak_rate=1e-3),
+    "tiny-base": Recipe(
+        "tiny-base",
+        (
+            Stage(CURRICULUM, 20, 1.5e-3, cycle=26),
+            Stage(SKILLS, 6, 1e-3),
+            Stage(BASE, 8, 6e-4),
+        ),
+    ),
+    "tiny-sft": Recipe("tiny-sft", (Stage(SFT, 2, 5e-4),), start="tiny-base"),
+    "tiny-tool": Recipe("tiny-tool", (Stage(TOOL, 6, 8e-4),), start="tiny-base"),
 }
 
 
@@ -167,7 +178,7 @@ def pretrain(
         tokenizer = build_tokenizer()
         model = new_model(tokenizer, seed)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.peak_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     partial = output.with_name(output.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -193,9 +204,10 @@ def pretrain(
         )
         losses = []
         for step, (ids, labels) in enumerate(groups):
-            progress = (at + step / len(groups)) / len(chunks)
+            span = recipe.stages[stage].cycle or recipe.stages[stage].chunks
+            progress = (index + step / len(groups)) / span
             for group in optimizer.param_groups:
-                group["lr"] = rate_at(progress, recipe.peak_rate)
+                group["lr"] = rate_at(progress, recipe.stages[stage].peak_rate)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             loss = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
@@ -221,9 +233,7 @@ def pretrain(
     return output
 
 
-def save_model(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, output: Path
-) -> None:
+def save_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
     """Write weights, generation config and tokenizer aside, then move them into place."""
     aside = output.with_name(output.name + ".new")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -258,4 +268,14 @@ def main(argv: list[str] | None = None) -> int:
             seed=arguments.seed,
             models_dir=arguments.output if built else None,
         )
+        print_gate(name, arguments.output / name)
     return 0
+
+
+def print_gate(name: str, folder: Path) -> None:
+    """Measure the entry gate of a model just built, print it and keep it as gate.json."""
+    if name not in gate.CHECKS:
+        return
+    checks = gate.CHECKS[name](str(folder))
+    gate.write(checks, folder)
+    print("\n".join([f"{name}: entry gate on validation problems", *map(str, checks)]))

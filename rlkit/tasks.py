@@ -4,8 +4,8 @@ A row is ``problem_id, prompt (messages), answer, answer_type, source, meta (can
 
 Embedded tasks:
 
-- ``chain``: 3 to 5 two-digit numbers below 30, added and subtracted. Working line by line solves it;
-  answering at once does not. RL here is a switch between two modes.
+- ``chain``: 3 to 5 two-digit numbers below 30, added and subtracted. Working line by line solves
+  it, answering at once does not. RL here is a switch between two modes.
 - ``edge``: 5 to 8 two-digit numbers. How finely the work is divided decides success, so every
   knob of RL has room to show its effect.
 - ``chain-long``, ``edge-long``: more numbers than any training document holds.
@@ -193,7 +193,9 @@ def load_problems(
             )
         rows = load_hub(task, revision=revision, split=split, n=n)
     if not rows:
-        raise ValueError(f"The {split} split of {task!r} is empty; a run needs at least one problem")
+        raise ValueError(
+            f"The {split} split of {task!r} is empty; a run needs at least one problem"
+        )
     if n is not None and len(rows) < n:
         raise ValueError(f"{task!r} has {len(rows)} {split} problems, fewer than the {n} asked for")
     return rows[:n]
@@ -209,5 +211,7 @@ def _embedded(task: str, split: Split, n: int | None) -> list[Row]:
         return [next(stream) for _ in range(n)]
     path = data_dir() / "problems" / f"{task}-{split}.jsonl"
     if not path.exists():
-        raise ValueError(f"{task!r} has no {split} split: expected the file data/problems/{path.name}")
+        raise ValueError(
+            f"{task!r} has no {split} split: expected the file data/problems/{path.name}"
+        )
     return [json.loads(line) for line in path.read_text().splitlines()]

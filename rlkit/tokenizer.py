@@ -14,7 +14,16 @@ PAD, END, UNK = "<|pad|>", "<|end|>", "<|unk|>"
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
 
 CONTROL = (PAD, END, UNK, USER, ASSISTANT)
-TAGS = ("<think>", "</think>", "<answer>", "</answer>", "```python\n", "```output\n", "```", r"\boxed{")
+TAGS = (
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "```python\n",
+    "```output\n",
+    "```",
+    r"\boxed{",
+)
 WORDS = (
     "Compute", "Evaluate", "Calculate", "print(", "Wait", "verify", "check", "However", "reflect",
     "confirm", "correct", "revise", "adjust", "but", "alternatively", "double", "the", "answer",

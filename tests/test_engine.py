@@ -150,7 +150,9 @@ def test_sampling_frequencies_follow_the_probabilities() -> None:
     tokens, logprobs = pick_tokens(logits, Sampling(1), draws)
     shares = torch.bincount(tokens, minlength=4) / 20000
     expected = logits[0].softmax(-1)
-    assert torch.all((shares - expected).abs() < 4 * (expected * (1 - expected) / 20000).sqrt() + 1e-9)
+    assert torch.all(
+        (shares - expected).abs() < 4 * (expected * (1 - expected) / 20000).sqrt() + 1e-9
+    )
     assert torch.allclose(logprobs, expected.log()[tokens])
 
 

@@ -1,0 +1,151 @@
+"""The runs that stand behind a panel: RL, RL on a coin, and one round of rejection sampling.
+
+Notebooks share runs by name: whoever comes first trains, the next one finds the finished run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rlkit import models, rewards, runs, templates
+from rlkit.config import EvalConfig, RewardConfig, RunConfig
+from rlkit.engine import Engine, Sampling, stable_key
+from rlkit.paths import runs_dir
+from rlkit.sft import train_sft
+from rlkit.tasks import load_problems
+from rlkit.trainer import train_rl
+
+Arm = Literal["rl", "random", "rft"]
+
+
+def configs(
+    rl: RunConfig,
+    start: str,
+    *,
+    seeds: int,
+    random_steps: int,
+    rft_epochs: int,
+    rft_batch_size: int,
+    rft_learning_rate: float,
+) -> dict[Arm, list[RunConfig]]:
+    """The runs of one start on one task, one per seed: RL, its null arm, and the no-RL rival.
+
+    Args:
+        rl: the RL run; its name and seed are replaced.
+        start: short name of the starting policy, ``base`` or ``sft``; part of the run names
+            ``<task>-<start>-s<seed>``, ``<task>-<start>-random-s<seed>`` and
+            ``<task>-<start>-rft-s<seed>``, by which notebooks share runs.
+        seeds: how many; 0, 1, ...
+        random_steps: steps of the arm on a random reward.
+        rft_epochs, rft_batch_size, rft_learning_rate: the fine-tuning of the ``rft`` arm;
+            the batch counts documents.
+    """
+    tuned = replace(
+        rl.train,
+        batch_size=rft_batch_size,
+        micro_batch_size=rft_batch_size,
+        rollouts=rft_batch_size,  # not used by SFT, but a batch must be made of whole groups
+        epochs=rft_epochs,
+        learning_rate=rft_learning_rate,
+    )
+    coin = RewardConfig(reward="random", format=rl.reward.format, allow_exploitable=True)
+    changes: dict[Arm, dict[str, Any]] = {
+        "rl": {},
+        "random": {"reward": coin, "train": replace(rl.train, steps=random_steps)},
+        "rft": {"train": tuned, "eval": EvalConfig()},
+    }
+    stem = f"{rl.task.task}-{start}"
+    out: dict[Arm, list[RunConfig]] = {}
+    for arm, change in changes.items():
+        prefix = stem if arm == "rl" else f"{stem}-{arm}"
+        out[arm] = [
+            replace(rl, name=f"{prefix}-s{seed}", seed=seed, **change) for seed in range(seeds)
+        ]
+    return out
+
+
+def obtain(config: RunConfig) -> Path:
+    """The finished RL run of ``config``: the one that exists, else a new one.
+
+    A run of the same name with other settings is moved aside (``<name>.old-<n>``), so that a
+    notebook can be run again with a changed parameter.
+    """
+    return train_rl(config, fresh="unfinished" if _same(config) else True)
+
+
+def obtain_tuned(config: RunConfig, rl: RunConfig) -> Path:
+    """The finished run of one round of rejection-sampling fine-tuning (RFT).
+
+    The starting policy of ``rl`` answers training problems of ``rl``, as many completions as ``rl``
+    draws in all; the rewarded ones, without repetitions, become the documents of an SFT run. What
+    was drawn and kept stands in ``rejection.json`` of the run folder.
+    """
+    note = runs_dir() / config.name / "rejection.json"
+    source = asdict(replace(rl, name=config.name))
+    if _same(config) and note.is_file() and json.loads(note.read_text())["source"] == source:
+        return note.parent
+    documents = rejection_sample(rl)
+    folder = train_sft(config, documents=documents, fresh=True)
+    counts = {"drawn": rl.train.steps * rl.train.batch_size, "kept": len(documents)}
+    runs.write_atomic(note, json.dumps({**counts, "source": source}, indent=1) + "\n")
+    return folder
+
+
+def rejection_sample(rl: RunConfig) -> list[dict[str, Any]]:
+    """Rewarded, distinct completions of the starting policy, as documents for ``train_sft``.
+
+    Raises ValueError if no completion was rewarded.
+    """
+    drawn = rl.train.steps * rl.train.batch_size
+    count = min(drawn // rl.train.rollouts, rl.task.train_problems)
+    rows = load_problems(rl.task.task, "train", count, revision=rl.task.task_revision)
+    template = rl.task.template
+    chat = not templates.get(template).plain
+    model, tokenizer = models.load_policy(rl.model, chat_template=chat)
+    prefill = templates.prefill_text(template, tokenizer)
+    groups = Engine(model, tokenizer).generate(
+        templates.encode(rows, tokenizer, template),
+        Sampling(
+            rl.sampling.max_completion_length,
+            temperature=rl.sampling.temperature,
+            top_p=rl.sampling.top_p,
+        ),
+        n=drawn // count,
+        keys=[stable_key(rl.seed, "rejection", 0, row["problem_id"]) for row in rows],
+        prefill=prefill,
+    )
+    flat = [c for group in groups for c in group]
+    asked = [row for row, group in zip(rows, groups, strict=True) for _ in group]
+    values, _ = rewards.score(rewards.build(rl.reward), flat, asked, seed=rl.seed, step=0)
+    kept = {
+        (row["problem_id"], c.text): {
+            "prompt": row["prompt"],
+            "completion": c.text.removeprefix(prefill),
+        }
+        for row, c, value in zip(asked, flat, values, strict=True)
+        if value is not None and value > 0
+    }
+    if not kept:
+        raise ValueError(
+            f"none of {len(flat)} completions of {rl.model.model!r} on {rl.task.task!r} was "
+            "rewarded: there is nothing to fine-tune on. Raise steps or batch_size, or take an "
+            "easier task."
+        )
+    return list(kept.values())
+
+
+def _same(config: RunConfig) -> bool:
+    """Whether no run of that name exists, or one of this very configuration."""
+    folder = runs_dir() / config.name
+    return not (folder / "config.json").is_file() or runs.read_config(folder) == config
+
+
+def drawn(run: Path) -> int:
+    """Completions that a run drew from its policy: rollouts of RL, or what RFT filtered."""
+    note = run / "rejection.json"
+    if note.is_file():
+        return int(json.loads(note.read_text())["drawn"])
+    return int(runs.read_metrics(run)["completions"].iloc[-1])

@@ -1,0 +1,70 @@
+"""Which prompts a step uses and how its rollouts become forward passes: pure functions."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from rlkit.completion import Completion
+
+Tensors = dict[str, torch.Tensor]
+
+_PROMPT_KEYS = ("prompt_ids", "prompt_mask")
+
+
+def window_indices(seed: int, step: int, pool: int, prompts: int) -> list[int]:
+    """Which problems step ``step`` (1-based) uses: a function of the arguments alone.
+
+    Each pass over the pool has its own random order; a pass stops before it would need problems of
+    the next one, so the prompts of a step are always different.
+    """
+    steps_per_pass = pool // prompts
+    number, position = divmod(step - 1, steps_per_pass)
+    order = np.random.default_rng([seed, number]).permutation(pool)
+    return [int(i) for i in order[position * prompts : (position + 1) * prompts]]
+
+
+def loss_mask(completion: Completion, mask_truncated: bool) -> list[int]:
+    """1 for each token that is trained on; all 0 for a row that is left out."""
+    left_out = completion.stop == "infra" or (mask_truncated and not completion.reached_end)
+    return [0] * len(completion.token_ids) if left_out else list(completion.loss_mask)
+
+
+def micro_batches(batch: Tensors, updates: int, size: int) -> list[Tensors]:
+    """Split a generation batch into the parts of each update, with little padding.
+
+    Updates keep whole groups together where they divide the prompts. Inside an update rows are
+    sorted by completion length, which changes no sum, and each part is cut to its longest row.
+
+    Args:
+        batch: tensors with a leading row dimension (0-dimensional ones are shared).
+        updates: optimizer updates per generation batch.
+        size: rows per part.
+    """
+    lengths = batch["completion_mask"].sum(1)
+    rows = lengths.shape[0]
+    per_update = rows // updates
+    parts = []
+    for start in range(0, rows, per_update):
+        order = torch.arange(start, start + per_update, device=lengths.device)
+        if per_update > size:
+            order = order[torch.argsort(lengths[order], stable=True)]
+        parts += [_trim(batch, chunk) for chunk in order.split(size)]
+    return parts
+
+
+def _trim(batch: Tensors, rows: torch.Tensor) -> Tensors:
+    width = batch["completion_mask"].shape[1]
+    prompt = max(1, int(batch["prompt_mask"][rows].sum(1).max()))
+    completion = max(1, int(batch["completion_mask"][rows].sum(1).max()))
+    part = {}
+    for key, value in batch.items():
+        if value.dim() == 0:
+            part[key] = value
+        elif key in _PROMPT_KEYS:
+            part[key] = value[rows, -prompt:]
+        elif value.dim() == 2 and value.shape[1] == width:
+            part[key] = value[rows, :completion]
+        else:
+            part[key] = value[rows]
+    return part
