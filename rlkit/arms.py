@@ -6,6 +6,7 @@ Notebooks share runs by name: whoever comes first trains, the next one finds the
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +66,15 @@ def configs(
             replace(rl, name=f"{prefix}-s{seed}", seed=seed, **change) for seed in range(seeds)
         ]
     return out
+
+
+def train(plan: Mapping[Arm, Sequence[RunConfig]]) -> dict[Arm, list[Path]]:
+    """Run folders of every arm of ``configs``, trained now or found finished."""
+    return {
+        "rl": [obtain(config) for config in plan["rl"]],
+        "random": [obtain(config) for config in plan["random"]],
+        "rft": [obtain_tuned(c, rl) for c, rl in zip(plan["rft"], plan["rl"], strict=True)],
+    }
 
 
 def obtain(config: RunConfig) -> Path:

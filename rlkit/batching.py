@@ -53,6 +53,31 @@ def micro_batches(batch: Tensors, updates: int, size: int) -> list[Tensors]:
     return parts
 
 
+def score_windows(
+    attention_mask: torch.Tensor, completion_width: int, size: int
+) -> list[tuple[torch.Tensor, slice]]:
+    """Parts of at most ``size`` rows of like length, each with the columns that hold tokens.
+
+    Args:
+        attention_mask: [rows, prompt width + completion width], prompts padded on the left.
+        completion_width: columns of the completions.
+        size: rows per part.
+    """
+    border = attention_mask.shape[1] - completion_width
+    prompts, completions = attention_mask[:, :border].sum(1), attention_mask[:, border:].sum(1)
+    order = torch.argsort(completions, stable=True)
+    return [
+        (
+            rows,
+            slice(
+                border - max(1, int(prompts[rows].max())),
+                border + max(1, int(completions[rows].max())),
+            ),
+        )
+        for rows in order.split(size)
+    ]
+
+
 def _trim(batch: Tensors, rows: torch.Tensor) -> Tensors:
     width = batch["completion_mask"].shape[1]
     prompt = max(1, int(batch["prompt_mask"][rows].sum(1).max()))

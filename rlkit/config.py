@@ -27,7 +27,7 @@ class ModelConfig:
     """Which policy, and what of it is trained."""
 
     model: str = "tiny-base"
-    """A model of data/models by name, a folder, or a hub name such as ``Qwen/Qwen2.5-1.5B``."""
+    """A name in data/models, ``run:<name>`` (a finished run), a folder, or a hub name."""
     model_revision: str = "main"
     """Hub revision; the resolved commit is recorded in env.json. Ignored for folders."""
     dtype: Literal["float32", "bfloat16"] = "float32"

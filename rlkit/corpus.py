@@ -253,7 +253,7 @@ def _run(code: str, output: str, masked: bool) -> list[Segment]:
     ]
 
 
-LINE = re.compile(r"^(?:Wait )?\d+((?:[+-]\d+)+)=-?\d+$")
+LINE = re.compile(r"^(?:Wait )?-?\d+((?:[+-]\d+)+)=-?\d+$")
 
 
 def style_of(text: str) -> str:
@@ -293,39 +293,29 @@ CURRICULUM = Mixture(
 )
 """First stage: nearly all reasoning, many short chains, so that the skills are learned at all."""
 
-SKILLS = Mixture(
-    tasks={"chain": 0.3, "edge": 0.65, "large": 0.05},
-    styles={
-        "chain": {"direct": 0.05, "fine": 0.75, "check": 0.2},
-        "edge": {"fine": 0.3, "mid": 0.35, "coarse": 0.15, "check": 0.2},
-        "large": {"code": 0.7, "fine": 0.3},
-    },
-    atoms=0.4,
-)
-"""Second stage: checking, and several numbers a line, which one forward pass can only half do."""
-
 BASE = Mixture(
-    tasks={"chain": 0.42, "edge": 0.5, "large": 0.08},
+    tasks={"chain": 0.4, "edge": 0.54, "large": 0.06},
     styles={
         "chain": {
-            "direct": 0.62, "fine": 0.255, "check": 0.03, "padded": 0.01, "noise": 0.07,
-            "code": 0.015,
+            "direct": 0.61, "fine": 0.29, "check": 0.02, "padded": 0.008, "noise": 0.065,
+            "code": 0.007,
         },
         "edge": {
-            "direct": 0.46, "coarse": 0.25, "mid": 0.11, "fine": 0.06, "check": 0.025,
-            "padded": 0.01, "noise": 0.07, "code": 0.015,
+            "direct": 0.42, "coarse": 0.25, "mid": 0.11, "fine": 0.1, "check": 0.03,
+            "padded": 0.012, "noise": 0.065, "code": 0.013,
         },
         "large": {"direct": 0.5, "fine": 0.3, "code": 0.2},
     },
+    atoms=0.15,
     slip=0.02,
 )  # fmt: skip
-"""Third stage: what the base model imitates."""
+"""Second stage: what the base model imitates."""
 
 SFT = Mixture(
     tasks={"chain": 0.4, "edge": 0.6},
     styles={
         "chain": {"fine": 0.85, "check": 0.15},
-        "edge": {"coarse": 0.45, "mid": 0.25, "fine": 0.2, "check": 0.07, "padded": 0.03},
+        "edge": {"coarse": 0.3, "mid": 0.16, "fine": 0.45, "check": 0.07, "padded": 0.02},
     },
     slip=0.02,
 )

@@ -32,11 +32,14 @@ class Check:
     def passed(self) -> bool:
         return self.low <= self.value <= self.high
 
+    @property
+    def bounds(self) -> str:
+        parts = [f">= {self.low}"] * (self.low > -math.inf)
+        return ", ".join(parts + [f"<= {self.high}"] * (self.high < math.inf))
+
     def __str__(self) -> str:
-        bounds = [f">= {self.low}"] * (self.low > -math.inf)
-        bounds += [f"<= {self.high}"] * (self.high < math.inf)
         mark = "pass" if self.passed else "FAIL"
-        return f"{mark}  {self.name:<44} {self.value:7.3f}  ({', '.join(bounds)})"
+        return f"{mark}  {self.name:<44} {self.value:7.3f}  ({self.bounds})"
 
 
 def check_base(model: str, *, problems: int = 128, samples: int = 128) -> list[Check]:

@@ -33,7 +33,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from rlkit import advantages, rewards, templates
-from rlkit.batching import Tensors, loss_mask, micro_batches, window_indices
+from rlkit.batching import Tensors, loss_mask, micro_batches, score_windows, window_indices
 from rlkit.checks import ConfigError
 from rlkit.compat import completion_only_head
 from rlkit.completion import Completion
@@ -181,6 +181,26 @@ class RolloutTrainer(GRPOTrainer):
         window.seconds_reward = time.perf_counter() - begun
         flat = torch.tensor(window.rewards.reshape(-1, 1), dtype=torch.float32)
         return flat.to(self.accelerator.device)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Also cut padding where all rollouts are scored at once (old and reference policy)."""
+        score = super()._get_per_token_logps_and_entropies
+        if batch_size is None:  # a part of an update, cut already
+            return score(model, input_ids, attention_mask, logits_to_keep, **options)
+        logps = input_ids.new_zeros((len(input_ids), logits_to_keep), dtype=torch.float32)
+        for rows, window in score_windows(attention_mask, logits_to_keep, batch_size):
+            width = window.stop - (input_ids.shape[1] - logits_to_keep)
+            part, _, _ = score(model, input_ids[rows, window], attention_mask[rows, window], width)
+            logps[rows, :width] = part.float()
+        return logps, None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Hand the finished step to ``on_step`` (called by Trainer once per step)."""

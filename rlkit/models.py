@@ -1,8 +1,9 @@
-"""Load a policy: an embedded model by name, a folder, a checkpoint of a run, or a hub name."""
+"""Load a policy: an embedded model, a folder, the result of a run, or a model of the hub."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from rlkit import runs
 from rlkit.checks import did_you_mean
 from rlkit.config import ModelConfig
 from rlkit.paths import data_dir, root
@@ -36,6 +38,9 @@ else:
 
 PROBE = "<think>19+14=33\nWait, 2 * 3</think>" + r"\boxed{33}"
 """Text that a usable tokenizer returns unchanged after encoding and decoding."""
+
+RUN = "run:"
+"""Prefix of a model that is the result of a run: ``run:03_rl-base-s0``."""
 
 # What save_pretrained writes as tokenizer_class for a tokenizer that is defined by its file alone.
 _FILE_DEFINED = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -130,6 +135,27 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+def fingerprint(config: ModelConfig) -> str:
+    """Short hash of a folder's weights, so that a rebuilt model is told from the old one.
+
+    Above 200 MB only names and sizes count; a hub name gives "" (its revision says it).
+
+    Raises:
+        ModelError: unknown name.
+    """
+    source, local = _locate(config.model)
+    if not local:
+        return ""
+    files = sorted(path for path in Path(source).glob("*.safetensors"))
+    small = sum(path.stat().st_size for path in files) <= 200 * 2**20
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        if small:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def hub_commit(model: Policy) -> str | None:
     """The hub commit that the weights came from; None for a folder."""
     commit = getattr(model.config, "_commit_hash", None)
@@ -138,6 +164,8 @@ def hub_commit(model: Policy) -> str | None:
 
 def _locate(name: str) -> tuple[str, bool]:
     """(folder or hub name, whether it is a folder)."""
+    if name.startswith(RUN):
+        return str(runs.final_checkpoint(name.removeprefix(RUN))), True
     shipped = data_dir() / "models"
     for folder in (shipped / name, Path(name), root() / name):
         if folder.is_dir():
@@ -146,7 +174,8 @@ def _locate(name: str) -> tuple[str, bool]:
         return name, False
     names = sorted(path.name for path in shipped.glob("*") if path.is_dir())
     raise ModelError(
-        f"model={name!r} is neither a shipped model, a folder, nor a hub name like 'owner/name'. "
+        f"model={name!r} is neither a shipped model, a folder, a finished run ('run:name'), nor a "
+        "hub name like 'owner/name'. "
         + (did_you_mean(name, names) if names else "Build the shipped models: rlkit pretrain.")
     )
 

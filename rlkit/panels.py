@@ -25,6 +25,9 @@ from rlkit.seeds import Verdict
 from rlkit.stats import Estimate
 
 Floats = NDArray[np.float64]
+BLOCKS = 16
+"""Samples of a problem are averaged into at most so many blocks, which are then resampled: as wide
+an interval at a fraction of the time."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Entry:
         if len(values) == 1:
             bounded = values.min() >= 0 and values.max() <= 1
             return (stats.rate if bounded else stats.bootstrap)(values[0].mean(axis=-1))
-        return seeds.hierarchical(values)
+        return seeds.hierarchical(_blocks(values, math.gcd(values.shape[2], BLOCKS)))
 
     def tokens(self) -> float:
         """Mean tokens written per answer; all voters of ``maj@k`` count."""
@@ -142,7 +145,7 @@ def contrast(
     difference = _difference(new, old)
     per_seed = difference.mean(axis=(1, 2))
     if len(per_seed) == 1:
-        estimate = stats.bootstrap(difference[0].mean(axis=-1))
+        estimate = _over_problems(difference[0].mean(axis=-1))
         verdict = seeds.verdict(estimate, margin)
         return Contrast(name, estimate, (float(per_seed[0]),), verdict, "this checkpoint")
     nested, over = seeds.hierarchical(difference), seeds.over_seeds(per_seed)
@@ -153,6 +156,24 @@ def contrast(
         verdict = seeds.verdict(estimate, margin)
     scope = f"recipe, {len(per_seed)} seeds"
     return Contrast(name, estimate, tuple(map(float, per_seed)), verdict, scope)
+
+
+def _over_problems(differences: Floats) -> Estimate:
+    """Mean of one difference per problem; bootstrap, or where all are 0, Wilson's bound.
+
+    A bootstrap of zeros has width 0. That n problems showed no difference allows for a share of
+    up to Wilson's bound of problems that differ, each by at most 1.
+    """
+    if differences.any():
+        return stats.bootstrap(differences)
+    bound = stats.wilson(0, len(differences)).high
+    return Estimate(0.0, -bound, bound, len(differences), method="Wilson, no problem differs")
+
+
+def observed(name: str, estimate: Estimate, margin: float) -> Contrast:
+    """A contrast from an estimate of another kind, such as ``conditional_gap``."""
+    verdict = seeds.verdict(estimate, margin)
+    return Contrast(name, estimate, (estimate.value,), verdict, "this checkpoint")
 
 
 def _difference(new: Entry, old: Entry) -> Floats:
@@ -168,7 +189,7 @@ def _difference(new: Entry, old: Entry) -> Floats:
         raise ValueError(
             f"{new.label!r} has {len(a)} seeds and {old.label!r} {len(b)}: expected as many, or one"
         )
-    samples = math.gcd(a.shape[2], b.shape[2])
+    samples = math.gcd(a.shape[2], b.shape[2], BLOCKS)
     return _blocks(a, samples) - _blocks(b, samples)
 
 
@@ -273,7 +294,10 @@ def panel(
     rl = from_arm(f"{name} + RL", "rl", samples)
     votes = min(samples, max(1, math.ceil(rl.tokens() / begin.tokens())))
     widest = metrics.powers_of_two(samples)[-1]
-    baselines = [begin, measured(f"{name}, forced <think>", [model], baseline_samples, forced=True)]
+    baselines = [
+        begin,
+        measured(f"{name}, forced reasoning", [model], baseline_samples, forced=True),
+    ]
     if votes > 1:
         baselines.append(replace(begin.by(f"maj@{votes}"), label=f"{name}, maj@{votes} (as RL)"))
     baselines.append(from_arm(f"{name} + rejection SFT", "rft", baseline_samples))

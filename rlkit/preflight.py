@@ -146,13 +146,13 @@ def _rewards(config: RunConfig, problems: Sequence[Row], reward_fns: RewardFns) 
     exploits = check_reward(total, problems[:REWARD_PROBLEMS])
     if not exploits:
         return []
-    shown = "; ".join(str(e) for e in exploits[:3])
+    shown = "; ".join(str(e) for e in exploits[:1])
     allowed = config.reward.allow_exploitable
     return [
         Finding(
             "warning" if allowed else "error",
             "reward",
-            f"the reward pays what it should not ({len(exploits)} of the probes): {shown}. "
+            f"the reward pays what it should not ({len(exploits)} probes, for example {shown}). "
             + (
                 "Recorded, since allow_exploitable is set."
                 if allowed

@@ -1,9 +1,9 @@
 """Train the embedded models from scratch: ``python -m rlkit pretrain``.
 
-Three stages of one run, since the final mixture alone never teaches the model to keep its place in
-a long question (measured: after 10 million tokens it knew every sum and still copied wrong numbers):
-first almost only line-by-line reasoning on many short chains, then the harder styles, then the
-mixture that the base model imitates.
+Two stages of one run, since the final mixture alone never teaches the model to keep its place in a
+long question (measured: after 10 million tokens it knew every sum and still copied wrong numbers):
+first almost only line-by-line reasoning on many short chains, then the mixture that the base model
+imitates.
 The SFT and tool models continue from the base model.
 
 Everything is a function of the seed: chunk i of documents is drawn from (seed, stage, i), so a
@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from rlkit import gate
-from rlkit.corpus import BASE, CURRICULUM, SFT, SKILLS, TOOL, Document, Mixture, draw_document
+from rlkit.cards import card
+from rlkit.corpus import BASE, CURRICULUM, SFT, TOOL, Document, Mixture, draw_document
 from rlkit.paths import data_dir, runs_dir
 from rlkit.tasks import held_out_expressions
 from rlkit.tokenizer import build_tokenizer, load_tokenizer
@@ -43,9 +44,11 @@ class Stage:
     chunks: int
     """Chunks of CHUNK_DOCUMENTS documents."""
     peak_rate: float
-    """AdamW learning rate after warm-up, decayed by a cosine to 5 % of it after ``cycle`` chunks."""
-    cycle: int = 0
-    """Length of the decay in chunks; 0 means the stage. Longer: the stage ends on a higher rate."""
+    """AdamW rate after warm-up, decayed by a cosine to 5 % of it at the stage's end."""
+    equal_tokens: bool = False
+    """Weigh every learned token the same. Otherwise every batch weighs the same, and since a batch
+    holds documents of like length, tokens of short documents count more: with that the model
+    answers at once more often than its corpus does."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,12 @@ RECIPES = {
     "tiny-base": Recipe(
         "tiny-base",
         (
-            Stage(CURRICULUM, 20, 1.5e-3, cycle=26),
-            Stage(SKILLS, 6, 1e-3),
-            Stage(BASE, 8, 6e-4),
+            Stage(CURRICULUM, 26, 1.5e-3),
+            Stage(BASE, 6, 5e-4, equal_tokens=True),
         ),
     ),
-    "tiny-sft": Recipe("tiny-sft", (Stage(SFT, 2, 5e-4),), start="tiny-base"),
-    "tiny-tool": Recipe("tiny-tool", (Stage(TOOL, 6, 8e-4),), start="tiny-base"),
+    "tiny-sft": Recipe("tiny-sft", (Stage(SFT, 2, 3e-4, equal_tokens=True),), start="tiny-base"),
+    "tiny-tool": Recipe("tiny-tool", (Stage(TOOL, 6, 5e-4, equal_tokens=True),), start="tiny-base"),
 }
 
 
@@ -202,17 +204,21 @@ def pretrain(
         groups = list(
             batches(pairs, recipe.batch_tokens, random.Random(name), tokenizer.pad_token_id)
         )
+        learned = sum(int((labels != IGNORE).sum()) for _, labels in groups)
+        learned_per_batch = learned / len(groups)
         losses = []
         for step, (ids, labels) in enumerate(groups):
-            span = recipe.stages[stage].cycle or recipe.stages[stage].chunks
-            progress = (index + step / len(groups)) / span
+            progress = (index + step / len(groups)) / recipe.stages[stage].chunks
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(progress, recipe.stages[stage].peak_rate)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             loss = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
             )
-            loss.backward()
+            weight = 1.0
+            if recipe.stages[stage].equal_tokens:
+                weight = int((labels != IGNORE).sum()) / learned_per_batch
+            (loss * weight).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -241,9 +247,6 @@ def save_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, outp
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     if output.exists():
-        for name in ("README.md", "gate.json"):
-            if (output / name).exists():
-                shutil.copy(output / name, aside / name)
         shutil.rmtree(output)
     aside.rename(output)
 
@@ -268,14 +271,22 @@ def main(argv: list[str] | None = None) -> int:
             seed=arguments.seed,
             models_dir=arguments.output if built else None,
         )
-        print_gate(name, arguments.output / name)
+        describe(RECIPES[name], arguments.output / name, arguments.seed)
     return 0
 
 
-def print_gate(name: str, folder: Path) -> None:
-    """Measure the entry gate of a model just built, print it and keep it as gate.json."""
-    if name not in gate.CHECKS:
-        return
-    checks = gate.CHECKS[name](str(folder))
-    gate.write(checks, folder)
-    print("\n".join([f"{name}: entry gate on validation problems", *map(str, checks)]))
+def describe(recipe: Recipe, folder: Path, seed: int) -> None:
+    """Measure the entry gate of a model just built, print it, keep it and write the card."""
+    checks = gate.CHECKS[recipe.name](str(folder)) if recipe.name in gate.CHECKS else []
+    if checks:
+        gate.write(checks, folder)
+        print("\n".join([f"{recipe.name}: entry gate on validation problems", *map(str, checks)]))
+    model = Qwen2ForCausalLM.from_pretrained(folder)
+    text = card(
+        recipe,
+        seed=seed,
+        documents=CHUNK_DOCUMENTS,
+        parameters=model.num_parameters(),
+        gate=checks,
+    )
+    (folder / "README.md").write_text(text)

@@ -169,11 +169,12 @@ def open_run(
         env: content of env.json.
         kind: ``rl`` or ``sft``.
         max_steps: planned steps.
-        data: hash of rows that were passed in rather than named by the configuration.
+        data: hash of what the configuration only names or does not hold: weights, documents.
         fresh: what to do with an existing folder. False: reuse a finished run of the same
             configuration, refuse anything else. ``"unfinished"``: also start again after a crash
             or an interrupt of the same configuration. True: always start again. An old folder is
-            never overwritten or deleted but moved to ``<name>.old-<n>``.
+            never overwritten or deleted but moved to ``<name>.old-<n>``. A folder whose run never
+            finished a step (its configuration was refused, say) is moved aside without asking.
 
     Raises:
         RunError: another process writes the folder, or it holds another or an unfinished run.
@@ -213,11 +214,13 @@ def _keep(path: Path, config: RunConfig, kind: str, data: str, fresh: object) ->
     if fresh is True:
         return False
     old, status = runs.read_config(path), runs.read_status(path)
+    if status.step == 0 and status.state != "done":
+        return False
     if (old, status.kind, status.data) != (config, kind, data):
         before, after = flat(old), flat(config)
         changed = [f"{k}: {before[k]!r} -> {after[k]!r}" for k in after if before[k] != after[k]]
         changed += [f"kind: {status.kind} -> {kind}"] if status.kind != kind else []
-        changed += ["other problems or documents"] if status.data != data else []
+        changed += ["other weights, problems or documents"] if status.data != data else []
         raise RunError(
             f"run {config.name!r} exists with another configuration ({'; '.join(changed)}). Choose "
             "another name, or pass fresh=True to move the old run aside."

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,10 +20,12 @@ from rlkit import config as configuration
 from rlkit import metrics, runs, stats
 from rlkit.config import RunConfig
 from rlkit.corpus import style_of
-from rlkit.panels import Contrast, Panel
 from rlkit.price import Price
 from rlkit.stats import Estimate
 from rlkit.theme import LABELS, PALETTE, numbers, styled, tint
+
+if TYPE_CHECKING:
+    from rlkit.panels import Contrast, Panel  # imports the trainers, which tables do not need
 
 STYLES = {
     "direct": PALETTE[6],
@@ -62,16 +64,24 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def show_config(*configs: RunConfig) -> None:
-    """Print the parameters of one or more runs side by side; equal ones once."""
+def config_table(*configs: RunConfig) -> str:
+    """Parameters of runs side by side; a value that all runs share stands in the first column."""
     values = [configuration.flat(c) for c in configs]
     rows = []
     for key in values[0]:
-        column = [str(v[key]) or '""' for v in values]
+        column = [str(v[key]) or "-" for v in values]
         if len(set(column)) == 1:
             column[1:] = [""] * (len(column) - 1)
-        rows.append([key, *column])
-    print(table(["parameter", *(f"run {i + 1}" for i in range(len(values)))], rows))
+        if key != "name":
+            rows.append([key, *column])
+    return table(["parameter", *(c.name for c in configs)], rows)
+
+
+def config_changes(old: RunConfig, new: RunConfig) -> str:
+    """One line: the parameters in which ``new`` differs from ``old``."""
+    before, after = configuration.flat(old), configuration.flat(new)
+    changes = [f"{k} {before[k]} → {after[k]}" for k in after if before[k] != after[k]]
+    return f"{new.name}, against {old.name}: {'; '.join(changes[1:]) or 'no change'}"
 
 
 def panel_table(panel: Panel) -> str:
@@ -178,6 +188,18 @@ def price_table(price: Price) -> str:
     parts = f"between modes {price.between:+.3f}; within modes {price.within:+.3f}"
     header = ["mode", "share", "mean", "between", "within"]
     return "\n".join([table(header, rows), f"total {price.total:+.3f}: {parts}"])
+
+
+def between_share(price: Price) -> Estimate:
+    """Share of a change that lies between modes; bounds: the part's interval over the point total.
+
+    1 says that only the mix of modes changed. Undefined if the mean did not change.
+    """
+    total = price.total.value
+    if total == 0:
+        return stats.undefined("bootstrap over problems")
+    low, high = sorted((price.between.low / total, price.between.high / total))
+    return Estimate(price.between.value / total, low, high, price.between.n)
 
 
 def style_stack(

@@ -52,7 +52,7 @@ class Status:
         kind: ``rl`` or ``sft``.
         step: finished steps. max_steps: planned steps.
         heartbeat: Unix time of the last sign of life, written every few seconds.
-        data: hash of problems or documents that were passed in rather than named; "" otherwise.
+        data: hash of what the configuration only names or does not hold: weights, documents.
         warnings: messages of the pre-flight check and the watchdog.
         checkpoint: name of the newest complete checkpoint; at the end, the final weights.
         dead: set by the reader: unfinished, silent for 30 s and no process holds the lock.

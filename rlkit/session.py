@@ -100,6 +100,6 @@ def save_weights(model: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path
 
 
 def data_hash(data: object) -> str:
-    """Short hash of rows that were passed in, to tell runs on different data apart."""
+    """Short hash of anything JSON can hold, to tell runs on different data apart."""
     text = json.dumps(data, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

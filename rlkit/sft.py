@@ -67,7 +67,7 @@ def train_sft(
         environment.describe(seed=config.seed),
         kind="sft",
         max_steps=steps,
-        data=data_hash(rows),
+        data=data_hash([models.fingerprint(config.model), rows]),
         fresh=fresh,
     )
     if isinstance(recorder, Path):

@@ -50,12 +50,12 @@ def train_rl(
         TrainingError: the loss became NaN.
     """
     chosen = templates.get(config.task.template)
-    given = [list(rows) for rows in (problems, validation) if rows is not None]
+    given = [models.fingerprint(config.model), problems, validation]
     recorder = open_run(
         config,
         environment.describe(seed=config.seed),
         max_steps=config.train.steps,
-        data=data_hash(given) if given else "",
+        data=data_hash(given),
         fresh=fresh,
     )
     if isinstance(recorder, Path):

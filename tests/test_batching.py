@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from rlkit.batching import loss_mask, micro_batches, window_indices
+from rlkit.batching import loss_mask, micro_batches, score_windows, window_indices
 from rlkit.completion import Completion
 
 
@@ -69,3 +69,15 @@ def test_loss_mask_leaves_out_rows() -> None:
     assert loss_mask(made("length"), False) == [1, 1]
     assert loss_mask(made("length"), True) == [0, 0]
     assert loss_mask(made("infra"), False) == [0, 0]
+
+
+def test_score_windows_cover_every_token_once() -> None:
+    whole = batch()
+    mask = torch.cat([whole["prompt_mask"], whole["completion_mask"]], dim=1)
+    seen = torch.zeros_like(mask)
+    columns = 0
+    for rows, window in score_windows(mask, 6, 2):
+        seen[rows, window] += mask[rows, window]
+        columns += len(rows) * (window.stop - window.start)
+    assert torch.equal(seen, mask)
+    assert columns < 0.8 * mask.numel()

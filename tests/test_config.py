@@ -59,7 +59,7 @@ def test_bad_parameters_say_what_is_wrong(params: dict[str, object], words: list
 def test_unknown_profile_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"Did you mean .*qwen2.5-7b"):
         resolve("qwen-7b")
-    with pytest.raises(ConfigError, match="Known: .*tiny-smoke"):
+    with pytest.raises(ConfigError, match=r"Known: .*tiny-smoke"):
         resolve("zzz")
 
 
@@ -71,11 +71,12 @@ def test_an_integer_serves_as_a_number() -> None:
 
 
 def test_micro_batch_follows_the_batch_unless_given() -> None:
-    assert resolve("tiny", batch_size=96).train.micro_batch_size == 96
-    assert resolve("tiny", updates_per_batch=4).train.micro_batch_size == 32
-    assert resolve("tiny", batch_size=256).train.micro_batch_size == resolve(
-        "tiny"
-    ).train.micro_batch_size
+    assert resolve("tiny", batch_size=48).train.micro_batch_size == 24
+    assert resolve("tiny", updates_per_batch=8).train.micro_batch_size == 16
+    assert (
+        resolve("tiny", batch_size=256).train.micro_batch_size
+        == resolve("tiny").train.micro_batch_size
+    )
     with pytest.raises(ConfigError, match="micro_batch_size=128"):
         resolve("tiny", batch_size=96, micro_batch_size=128)
 

@@ -79,7 +79,7 @@ def test_another_configuration_is_refused_and_named() -> None:
         start(config(steps=5))
     with pytest.raises(RunError, match="kind: rl -> sft"):
         start(kind="sft")
-    with pytest.raises(RunError, match="other problems or documents"):
+    with pytest.raises(RunError, match="other weights, problems or documents"):
         start(data="abc")
 
 
@@ -94,9 +94,13 @@ def test_fresh_moves_the_old_folder_aside(runs_folder: Path) -> None:
 
 
 def test_a_failed_run_keeps_its_error_and_is_not_overwritten() -> None:
-    with pytest.raises(ZeroDivisionError), start() as run:
-        run.update(step=1)
-        raise ZeroDivisionError("by zero")
+    def failing() -> None:
+        with start() as run:
+            run.update(step=1)
+            raise ZeroDivisionError("by zero")
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
     status = runs.read_status("demo-s0")
     assert (status.state, status.error) == ("failed", "ZeroDivisionError: by zero")
     with pytest.raises(RunError, match=r"stopped at step 1 of 3 .*fresh='unfinished'"):
@@ -106,9 +110,18 @@ def test_a_failed_run_keeps_its_error_and_is_not_overwritten() -> None:
     assert isinstance(open_run(config(), {}, max_steps=3, fresh="unfinished"), Path)
 
 
+def test_a_run_that_never_made_a_step_does_not_block_its_name(runs_folder: Path) -> None:
+    with pytest.raises(ZeroDivisionError), start():
+        raise ZeroDivisionError
+    with start(config(steps=5)):
+        pass
+    assert (runs_folder / "demo-s0.old-1").is_dir()
+
+
 def test_an_interrupt_is_recorded() -> None:
     with pytest.raises(KeyboardInterrupt), start():
         raise KeyboardInterrupt
+    assert runs.read_status("demo-s0").error == "interrupted from the keyboard"
     assert runs.read_status("demo-s0").state == "interrupted"
     with pytest.raises(RunError, match="no final weights: its state is 'interrupted'"):
         runs.final_checkpoint("demo-s0")
@@ -152,10 +165,14 @@ def test_commands_are_numbered_and_read() -> None:
 
 
 def test_a_checkpoint_is_complete_or_absent() -> None:
-    with start() as run:
-        with pytest.raises(OSError, match="full"), run.checkpoint(1) as folder:
+    def failing(run: Recorder) -> None:
+        with run.checkpoint(1) as folder:
             (folder / "half").write_text("x")
             raise OSError("disk full")
+
+    with start() as run:
+        with pytest.raises(OSError, match="full"):
+            failing(run)
         assert list((run.path / "checkpoints").iterdir()) == []
         assert run.status.checkpoint == ""
 

@@ -17,6 +17,9 @@ HEALTHY = {
 }
 
 
+NO_MIX = {"groups_mixed": 0}
+
+
 def rows(count: int = WINDOW, **changes: Any) -> list[dict[str, Any]]:
     return [{**HEALTHY, "step": i, **changes} for i in range(1, count + 1)]
 
@@ -28,12 +31,12 @@ def test_a_healthy_run_is_silent() -> None:
 @pytest.mark.parametrize(
     ("changes", "code", "parameter"),
     [
-        ({"groups_all_right": 8, "groups_all_wrong": 0, "groups_mixed": 0}, "groups_all_right", "task"),
-        ({"groups_all_right": 0, "groups_all_wrong": 8, "groups_mixed": 0}, "groups_all_wrong", "rollouts"),
+        ({**NO_MIX, "groups_all_right": 8, "groups_all_wrong": 0}, "groups_all_right", "task"),
+        ({**NO_MIX, "groups_all_right": 0, "groups_all_wrong": 8}, "groups_all_wrong", "rollouts"),
         ({"completion_ratio": 0.3}, "clipped", "max_completion_length"),
         ({"grad_norm": 0.0}, "no_gradient", "reward"),
     ],
-)  # fmt: skip
+)
 def test_each_failure_is_named_with_its_parameter(
     changes: dict[str, Any], code: str, parameter: str
 ) -> None:
