@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test test-slow lint format lab figures publish golden clean
+.PHONY: help setup study test test-slow lint format lab figures readme publish golden clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ publish: $(STAMP) ## Copy the newest finished study into notebooks/ and figures/
 
 figures: $(STAMP) ## Draw the PNG of every figure again from its JSON
 	@$(PY) -m rlkit figures
+
+readme: $(STAMP) ## Write the published results into README.md
+	@$(PY) -m rlkit readme
 
 lab: $(STAMP) ## Open JupyterLab with the project's settings
 	@JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}" \

@@ -1,4 +1,4 @@
-"""``python -m rlkit <command>``: study, publish, figures, pretrain."""
+"""``python -m rlkit <command>``: study, publish, figures, readme, pretrain."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ COMMANDS = {
     "study": ("rlkit.study", "run the numbered notebooks as one study"),
     "publish": ("rlkit.publish", "copy a finished study's outputs and figures into the tree"),
     "figures": ("rlkit.redraw", "draw the PNG of every figure again from its JSON"),
+    "readme": ("rlkit.results", "write the published results into README.md"),
     "pretrain": ("rlkit.pretrain", "rebuild the embedded models and print their entry gate"),
 }
 

@@ -15,6 +15,7 @@ from rlkit import models, rewards, runs, templates
 from rlkit.config import EvalConfig, RewardConfig, RunConfig
 from rlkit.engine import Engine, Sampling, stable_key
 from rlkit.paths import runs_dir
+from rlkit.runs import RunError
 from rlkit.sft import train_sft
 from rlkit.tasks import load_problems
 from rlkit.trainer import train_rl
@@ -80,10 +81,15 @@ def train(plan: Mapping[Arm, Sequence[RunConfig]]) -> dict[Arm, list[Path]]:
 def obtain(config: RunConfig) -> Path:
     """The finished RL run of ``config``: the one that exists, else a new one.
 
-    A run of the same name with other settings is moved aside (``<name>.old-<n>``), so that a
-    notebook can be run again with a changed parameter.
+    A run of the same name from other settings or other weights is moved aside
+    (``<name>.old-<n>``), so that a notebook can be run again with a changed parameter.
     """
-    return train_rl(config, fresh="unfinished" if _same(config) else True)
+    try:
+        return train_rl(config, fresh="unfinished")
+    except RunError:
+        if runs.is_locked(runs_dir() / config.name):
+            raise  # another process is writing it
+        return train_rl(config, fresh=True)
 
 
 def obtain_tuned(config: RunConfig, rl: RunConfig) -> Path:
@@ -93,13 +99,16 @@ def obtain_tuned(config: RunConfig, rl: RunConfig) -> Path:
     draws in all; the rewarded ones, without repetitions, become the documents of an SFT run. What
     was drawn and kept stands in ``rejection.json`` of the run folder.
     """
-    note = runs_dir() / config.name / "rejection.json"
-    source = asdict(replace(rl, name=config.name))
-    if _same(config) and note.is_file() and json.loads(note.read_text())["source"] == source:
-        return note.parent
+    folder = runs_dir() / config.name
+    note = folder / "rejection.json"
+    source = {"weights": models.fingerprint(rl.model), "rl": asdict(replace(rl, name=""))}
+    known = note.is_file() and json.loads(note.read_text())["source"] == source
+    if known and runs.read_config(folder) == config:
+        return folder
     documents = rejection_sample(rl)
     folder = train_sft(config, documents=documents, fresh=True)
     counts = {"drawn": rl.train.steps * rl.train.batch_size, "kept": len(documents)}
+    # Written last: where it exists, the run is complete.
     runs.write_atomic(note, json.dumps({**counts, "source": source}, indent=1) + "\n")
     return folder
 
@@ -145,12 +154,6 @@ def rejection_sample(rl: RunConfig) -> list[dict[str, Any]]:
             "easier task."
         )
     return list(kept.values())
-
-
-def _same(config: RunConfig) -> bool:
-    """Whether no run of that name exists, or one of this very configuration."""
-    folder = runs_dir() / config.name
-    return not (folder / "config.json").is_file() or runs.read_config(folder) == config
 
 
 def drawn(run: Path) -> int:

@@ -27,7 +27,7 @@ def card(
     parts = [
         f"# {recipe.name}",
         PURPOSE[recipe.name],
-        f"Qwen2 architecture, {parameters:,} parameters, one token per character and digit, trained "
+        f"Qwen2 architecture, {parameters:,} parameters, one token per character, trained "
         "by this project on synthetic arithmetic only. It can do nothing else, and says nothing "
         "about real language models beyond the mechanism it shows. Licence: Apache-2.0.",
         "## How it was made",

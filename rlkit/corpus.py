@@ -296,18 +296,15 @@ CURRICULUM = Mixture(
 BASE = Mixture(
     tasks={"chain": 0.4, "edge": 0.54, "large": 0.06},
     styles={
-        "chain": {
-            "direct": 0.61, "fine": 0.29, "check": 0.02, "padded": 0.008, "noise": 0.065,
-            "code": 0.007,
-        },
+        "chain": {"direct": 0.61, "fine": 0.305, "check": 0.02, "noise": 0.065},
         "edge": {
             "direct": 0.42, "coarse": 0.25, "mid": 0.11, "fine": 0.1, "check": 0.03,
             "padded": 0.012, "noise": 0.065, "code": 0.013,
         },
         "large": {"direct": 0.5, "fine": 0.3, "code": 0.2},
     },
-    atoms=0.15,
-    slip=0.02,
+    atoms=0.2,
+    slip=0.01,
 )  # fmt: skip
 """Second stage: what the base model imitates."""
 

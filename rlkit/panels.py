@@ -299,7 +299,7 @@ def panel(
         measured(f"{name}, forced reasoning", [model], baseline_samples, forced=True),
     ]
     if votes > 1:
-        baselines.append(replace(begin.by(f"maj@{votes}"), label=f"{name}, maj@{votes} (as RL)"))
+        baselines.append(replace(begin.by(f"maj@{votes}"), label=f"{name}, maj@{votes}"))
     baselines.append(from_arm(f"{name} + rejection SFT", "rft", baseline_samples))
     baselines += [measured(label, [m], baseline_samples) for label, m in (others or {}).items()]
     wide = replace(begin.by(f"maj@{widest}"), label=f"{name}, maj@{widest} (reference)")

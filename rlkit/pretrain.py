@@ -68,10 +68,10 @@ RECIPES = {
         "tiny-base",
         (
             Stage(CURRICULUM, 26, 1.5e-3),
-            Stage(BASE, 6, 5e-4, equal_tokens=True),
+            Stage(BASE, 7, 2.5e-4, equal_tokens=True),
         ),
     ),
-    "tiny-sft": Recipe("tiny-sft", (Stage(SFT, 2, 3e-4, equal_tokens=True),), start="tiny-base"),
+    "tiny-sft": Recipe("tiny-sft", (Stage(SFT, 2, 2.5e-4, equal_tokens=True),), start="tiny-base"),
     "tiny-tool": Recipe("tiny-tool", (Stage(TOOL, 6, 5e-4, equal_tokens=True),), start="tiny-base"),
 }
 

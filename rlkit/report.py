@@ -244,6 +244,7 @@ def style_stack(
         fig.update_xaxes(title_text=LABELS["step"], row=1, col=col)
         fig.update_yaxes(range=[0, 1], row=1, col=col)
     fig.update_yaxes(title_text="share of rollouts", col=1)
+    fig.update_annotations(font={"size": 14})
     subtitle = f"training rollouts, moving average over {window} steps, mean over seeds"
     styled(fig, title, subtitle, height=430)
     return fig.update_layout(margin={"t": 128})

@@ -108,11 +108,12 @@ def test_no_difference_anywhere_is_no_proof_of_equivalence_on_few_problems():
 
 
 def test_the_best_baseline_is_the_highest():
-    low, high, rl = (Entry(n, (result(drawn(r, 3)),)) for n, r in zip("abc", (0.2, 0.6, 0.9)))
+    rates = {"a": 0.2, "b": 0.6, "c": 0.9}
+    low, high, rl = (Entry(name, (result(drawn(rate, 3)),)) for name, rate in rates.items())
     panel = panels.Panel("chain", low, rl, low, (low, high), ())
     assert panel.best is high
     text = report.panel_table(panel)
-    assert [line for line in text.splitlines() if line.endswith("best without RL")][0][0] == "b"
+    assert next(line for line in text.splitlines() if line.endswith("best without RL"))[0] == "b"
 
 
 def test_conditional_gap_by_hand():

@@ -1,5 +1,6 @@
 """Building the embedded models: what carries loss, resume, refusals, the shipped files."""
 
+import itertools
 import json
 import random
 
@@ -7,10 +8,10 @@ import pytest
 import torch
 
 from rlkit import gate, pretrain
+from rlkit.config import ModelConfig
 from rlkit.corpus import BASE, Document, Segment
 from rlkit.gate import Check
 from rlkit.models import load_policy
-from rlkit.config import ModelConfig
 from rlkit.paths import data_dir
 from rlkit.pretrain import IGNORE, Recipe, Stage, batches, chunk_pairs, encode_document, rate_at
 from rlkit.tokenizer import build_tokenizer
@@ -50,7 +51,7 @@ def test_learning_rate_rises_then_falls_to_a_twentieth() -> None:
     rates = [rate_at(i / 100, 1.0) for i in range(101)]
     assert rates[0] == 0 and rates[2] == pytest.approx(1.0)
     assert rates[100] == pytest.approx(0.05)
-    assert all(a >= b for a, b in zip(rates[2:], rates[3:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[2:]))
 
 
 def test_a_killed_build_resumes_to_the_same_weights(tmp_path, monkeypatch) -> None:

@@ -95,7 +95,7 @@ def main() -> None:
         source = f"reasoning-gym {reasoning_gym.__version__}" if gym else "rlkit:held-out"
         seen: set[str] = set()
         for split, size in sizes.items():
-            rows = []
+            rows: list[dict[str, object]] = []
             while len(rows) < size:
                 expression, value = next(stream)
                 if expression not in seen:
