@@ -101,7 +101,7 @@ def obtain_tuned(config: RunConfig, rl: RunConfig) -> Path:
     """
     folder = runs_dir() / config.name
     note = folder / "rejection.json"
-    source = {"weights": models.fingerprint(rl.model), "rl": asdict(replace(rl, name=""))}
+    source = {"weights": models.fingerprint(rl.model), "rl": asdict(replace(rl, name=config.name))}
     known = note.is_file() and json.loads(note.read_text())["source"] == source
     if known and runs.read_config(folder) == config:
         return folder

@@ -32,7 +32,8 @@ def card(
         "about real language models beyond the mechanism it shows. Licence: Apache-2.0.",
         "## How it was made",
         f"```\npython -m rlkit pretrain {recipe.name} --seed {seed}\n```",
-        f"Seed {seed}. "
+        f"Seed {seed}; the shipped weights were made on two CPU cores, and another thread count or "
+        "machine gives weights that differ in the last digits. "
         + (f"Continues from {recipe.start}. " if recipe.start else "From random weights. ")
         + f"Batches of {recipe.batch_tokens} tokens, AdamW (0.9, 0.98), weight decay 0.01, loss on "
         "the response only. Documents are drawn anew, none uses a problem of data/problems.",
@@ -59,4 +60,7 @@ def _shares(weights: dict[str, float]) -> str:
 
 
 def _styles(mixture: Mixture) -> str:
-    return "; ".join(f"{task}: {_shares(mixture.styles[task])}" for task in mixture.tasks)
+    styles = [f"{task}: {_shares(mixture.styles[task])}" for task in mixture.tasks]
+    if mixture.atoms:
+        styles.append(f"{mixture.atoms:.0%} of chains have 2 to 4 numbers")
+    return "; ".join(styles)

@@ -105,10 +105,8 @@ class RolloutTrainer(GRPOTrainer):
             processing_class=tokenizer,
         )
         self.remove_callback(PrinterCallback)
-        self.engine = PromptedEngine(
-            Engine(self.accelerator.unwrap_model(self.model), tokenizer),
-            templates.prefill_text(config.task.template, tokenizer),
-        )
+        self.engine = Engine(self.accelerator.unwrap_model(self.model), tokenizer)
+        self._prefill = templates.prefill_text(config.task.template, tokenizer)
         if self.accelerator.num_processes > 1:
             raise ConfigError(
                 f"{self.accelerator.num_processes} processes: training runs in one process so far. "
@@ -153,7 +151,7 @@ class RolloutTrainer(GRPOTrainer):
             for row in window.problems
         ]
         window.completions = self.engine.generate(
-            ids, sampling(config), n=config.train.rollouts, keys=keys
+            ids, sampling(config), n=config.train.rollouts, keys=keys, prefill=self._prefill
         )
         window.seconds_generate = time.perf_counter() - begun
         completions = [c for group in window.completions for c in group]
@@ -227,51 +225,6 @@ class RolloutTrainer(GRPOTrainer):
         with completion_only_head():
             self._clock = time.perf_counter()
             self.train()
-
-
-class PromptedEngine:
-    """An engine for prompts that already hold the start of the response (``<think>``).
-
-    The engine itself puts a prefill behind the prompt; one that the template wrote into the prompt
-    must only be shown in the text. Tokens may merge across that border, so it cannot be cut off.
-    """
-
-    def __init__(self, engine: Engine, shown: str) -> None:
-        self._engine = engine
-        self._shown = shown
-        self.end_ids = engine.end_ids
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        n: int,
-        keys: Sequence[int],
-        first_sample: int = 0,
-        prefill: str = "",
-    ) -> list[list[Completion]]:
-        """As ``Engine.generate``, with the prompt's own prefill in front of every text."""
-        engine = self._engine
-        drawn = engine.generate(
-            prompts, sampling, n=n, keys=keys, first_sample=first_sample, prefill=prefill
-        )
-        if not self._shown:
-            return drawn
-        return [
-            [
-                Completion.from_ids(
-                    c.token_ids,
-                    engine.tokenizer,
-                    stop=c.stop,
-                    prefill=self._shown + prefill,
-                    end_ids=engine.end_ids,
-                    logprobs=c.logprobs,
-                )
-                for c in group
-            ]
-            for group in drawn
-        ]
 
 
 def sampling(config: RunConfig) -> Sampling:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import reasoning_gym
 
 from rlkit.paths import data_dir
-from rlkit.tasks import CHAINS, Chain, ChainSpec, draw_chain, make_row
+from rlkit.tasks import CHAINS, Chain, ChainSpec, Row, draw_chain, make_row
 
 SEED = 2503_04548
 SIZES = {
@@ -95,7 +95,7 @@ def main() -> None:
         source = f"reasoning-gym {reasoning_gym.__version__}" if gym else "rlkit:held-out"
         seen: set[str] = set()
         for split, size in sizes.items():
-            rows: list[dict[str, object]] = []
+            rows: list[Row] = []
             while len(rows) < size:
                 expression, value = next(stream)
                 if expression not in seen:
