@@ -106,7 +106,7 @@ class RolloutTrainer(GRPOTrainer):
         )
         self.remove_callback(PrinterCallback)
         self.engine = Engine(self.accelerator.unwrap_model(self.model), tokenizer)
-        self._prefill = templates.prefill_text(config.task.template, tokenizer)
+        self.prefill = templates.prefill_text(config.task.template, tokenizer)
         if self.accelerator.num_processes > 1:
             raise ConfigError(
                 f"{self.accelerator.num_processes} processes: training runs in one process so far. "
@@ -151,7 +151,7 @@ class RolloutTrainer(GRPOTrainer):
             for row in window.problems
         ]
         window.completions = self.engine.generate(
-            ids, sampling(config), n=config.train.rollouts, keys=keys, prefill=self._prefill
+            ids, sampling(config), n=config.train.rollouts, keys=keys, prefill=self.prefill
         )
         window.seconds_generate = time.perf_counter() - begun
         completions = [c for group in window.completions for c in group]

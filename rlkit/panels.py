@@ -202,7 +202,8 @@ def _blocks(values: Floats, samples: int) -> Floats:
 def conditional_gap(rows: pd.DataFrame, value: str, where: Sequence[bool]) -> Estimate:
     """Mean of column ``value`` over the rows in ``where`` minus its mean over the others.
 
-    Bootstrap over problems. Undefined if one side has no rows.
+    Bootstrap over problems. Undefined if one side has no rows, or if resampling shows no spread at
+    all (every value equal), which would be an interval of width 0.
     """
     inside = np.asarray(where, dtype=bool)
     sums = pd.DataFrame(
@@ -220,6 +221,8 @@ def conditional_gap(rows: pd.DataFrame, value: str, where: Sequence[bool]) -> Es
         return stats.undefined("bootstrap over problems")
     with np.errstate(invalid="ignore", divide="ignore"):
         draws = weights[:, 0] / weights[:, 1] - weights[:, 2] / weights[:, 3]
+    if np.nanmax(draws) == np.nanmin(draws):
+        return stats.undefined("bootstrap over problems")
     point = float(totals[0] / totals[1] - totals[2] / totals[3])
     return stats.percentile_interval(point, draws, len(sums))
 

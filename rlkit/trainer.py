@@ -158,6 +158,7 @@ class RlSession(Session):
             sampling(self.config),
             n=self.config.train.rollouts,
             keys=[stable_key(self.config.seed, "probe", 0, row["problem_id"]) for row in rows],
+            prefill=self.trainer.prefill,
         )
 
     def _evaluate(self, step: int) -> None:
@@ -174,6 +175,7 @@ class RlSession(Session):
             purpose="validation",
             step=step,
             greedy=True,
+            prefill=self.trainer.prefill,
         )
         evaluate.save(result, self.recorder.path, f"validation-{step:06d}")
 

@@ -123,6 +123,8 @@ def test_conditional_gap_by_hand():
     assert gap.low <= gap.value <= gap.high
     everything = panels.conditional_gap(rows, "n_tokens", [True] * 4)
     assert math.isnan(everything.value)
+    wrong = result([[0, 0]] * 5, lengths=[[1, 2]] * 5).rows
+    assert math.isnan(panels.conditional_gap(wrong, "correct", wrong["n_tokens"] > 1).value)
 
 
 # --- runs -----------------------------------------------------------------------------------------
