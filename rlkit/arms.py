@@ -162,3 +162,8 @@ def drawn(run: Path) -> int:
     if note.is_file():
         return int(json.loads(note.read_text())["drawn"])
     return int(runs.read_metrics(run)["completions"].iloc[-1])
+
+
+def kept(run: Path) -> int:
+    """Documents of a rejection-sampling run: rewarded completions without repetitions."""
+    return int(json.loads((run / "rejection.json").read_text())["kept"])

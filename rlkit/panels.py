@@ -55,11 +55,14 @@ class Entry:
         return np.stack([_scores(result.rows, self.metric) for result in self.results])
 
     def estimate(self) -> Estimate:
-        """Mean score: bootstrap over problems, with several seeds over seeds as well."""
+        """Mean score: bootstrap over problems, with several seeds over seeds as well.
+
+        Where every score is 0, or every one 1, Wilson's interval with one trial per problem.
+        """
         values = self.values()
-        if len(values) == 1:
-            bounded = values.min() >= 0 and values.max() <= 1
-            return (stats.rate if bounded else stats.bootstrap)(values[0].mean(axis=-1))
+        bounded = values.min() >= 0 and values.max() <= 1
+        if len(values) == 1 or (bounded and values.mean() in (0.0, 1.0)):
+            return (stats.rate if bounded else stats.bootstrap)(values.mean(axis=(0, 2)))
         return seeds.hierarchical(_blocks(values, math.gcd(values.shape[2], BLOCKS)))
 
     def tokens(self) -> float:
@@ -150,6 +153,8 @@ def contrast(
         return Contrast(name, estimate, (float(per_seed[0]),), verdict, "this checkpoint")
     nested, over = seeds.hierarchical(difference), seeds.over_seeds(per_seed)
     estimate = nested if nested.high - nested.low > over.high - over.low else over
+    if not difference.any():
+        estimate = _over_problems(difference.mean(axis=(0, 2)))
     if len(per_seed) < min_seeds:
         verdict = seeds.verdict(per_seed, margin, min_seeds=min_seeds)
     else:

@@ -72,7 +72,7 @@ RECIPES = {
         ),
     ),
     "tiny-sft": Recipe("tiny-sft", (Stage(SFT, 2, 2.5e-4, equal_tokens=True),), start="tiny-base"),
-    "tiny-tool": Recipe("tiny-tool", (Stage(TOOL, 6, 5e-4, equal_tokens=True),), start="tiny-base"),
+    "tiny-tool": Recipe("tiny-tool", (Stage(TOOL, 3, 5e-4, equal_tokens=True),), start="tiny-base"),
 }
 
 

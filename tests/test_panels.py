@@ -105,6 +105,9 @@ def test_no_difference_anywhere_is_no_proof_of_equivalence_on_few_problems():
     assert found.verdict.conclusion == "INCONCLUSIVE"
     large = Entry("x", (result([[1]] * 300),))
     assert panels.contrast(large, large, 0.03).verdict.conclusion == "EQUIVALENT"
+    seven = Entry("x", (result([[1]] * 10),) * 7)
+    assert seven.estimate().low < 0.8
+    assert panels.contrast(seven, seven, 0.03).verdict.conclusion == "INCONCLUSIVE"
 
 
 def test_the_best_baseline_is_the_highest():
@@ -117,9 +120,9 @@ def test_the_best_baseline_is_the_highest():
 
 
 def test_conditional_gap_by_hand():
-    rows = result([[1, 0], [1, 1]], lengths=[[30, 10], [20, 40]]).rows
+    rows = result([[1, 0], [1, 1]], lengths=[[30, 10], [20, 46]]).rows
     gap = panels.conditional_gap(rows, "n_tokens", rows["correct"])
-    assert gap.value == pytest.approx(30 - 10)
+    assert gap.value == pytest.approx(32 - 10)
     assert gap.low <= gap.value <= gap.high
     everything = panels.conditional_gap(rows, "n_tokens", [True] * 4)
     assert math.isnan(everything.value)
@@ -197,6 +200,7 @@ def test_runs_are_shared_by_name_and_moved_aside_when_settings_change(home):
     assert (home / "runs" / "chain-base-rft-s0.old-1" / "config.json").is_file()
     assert not (home / "runs" / "chain-base-random-s0.old-1").exists()
     assert arms.drawn(changed["rft"][0]) == 32
+    assert 0 < arms.kept(changed["rft"][0]) < 32
 
 
 # --- tables ---------------------------------------------------------------------------------------
