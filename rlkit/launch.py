@@ -46,7 +46,7 @@ def launch(
         record.status, record.error = "interrupted", "stopped by the user"
     finally:
         record.seconds = round(time.time() - begun, 1)
-        record.runs = _runs_since(begun, stem)
+        record.runs = _runs_since(begun)
         study.save()
     return record
 
@@ -133,10 +133,10 @@ def _end(process: subprocess.Popen[str]) -> None:
             process.wait()
 
 
-def _runs_since(begun: float, stem: str) -> list[str]:
-    number = stem.partition("_")[0]
+def _runs_since(begun: float) -> list[str]:
+    """Runs written since then: those that the notebook trained, not those that it found."""
     return sorted(
         status.parent.name
-        for status in paths.runs_dir().glob(f"{number}*/status.json")
+        for status in paths.runs_dir().glob("*/status.json")
         if status.stat().st_mtime >= begun
     )
