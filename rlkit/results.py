@@ -28,7 +28,7 @@ def save(
     values: Mapping[str, Estimate],
     contrasts: Sequence[Contrast] = (),
     *,
-    seeds: int,
+    seeds: Mapping[str, int],
 ) -> Path:
     """Write ``figures/<name>.csv``: measured values, then differences with their verdicts.
 
@@ -36,7 +36,7 @@ def save(
         name: file name without ending, for example ``03_results``.
         values: label to estimate.
         contrasts: differences; their verdict goes beside them.
-        seeds: training seeds behind the numbers.
+        seeds: training seeds behind the numbers, by the beginning of their label (``""``: all).
     """
     rows = [(label, e, "") for label, e in values.items()]
     rows += [(c.name, c.difference, c.verdict.conclusion) for c in contrasts]
@@ -47,7 +47,8 @@ def save(
         writer.writerow(COLUMNS)
         for label, e, verdict in rows:
             numbers = (f"{x:.4f}" for x in (e.value, e.low, e.high))
-            writer.writerow([label, *numbers, seeds, verdict])
+            count = next(n for start, n in seeds.items() if label.startswith(start))
+            writer.writerow([label, *numbers, count, verdict])
     return path
 
 
