@@ -29,6 +29,7 @@ def configs(
     *,
     seeds: int,
     random_steps: int,
+    random_learning_rate: float,
     rft_epochs: int,
     rft_batch_size: int,
     rft_learning_rate: float,
@@ -41,7 +42,8 @@ def configs(
             ``<task>-<start>-s<seed>``, ``<task>-<start>-random-s<seed>`` and
             ``<task>-<start>-rft-s<seed>``, by which notebooks share runs.
         seeds: how many; 0, 1, ...
-        random_steps: steps of the arm on a random reward.
+        random_steps, random_learning_rate: of the arm on a random reward. Adam makes steps of full
+            size out of pure noise, so at RL's own rate the coin wears any policy down.
         rft_epochs, rft_batch_size, rft_learning_rate: the fine-tuning of the ``rft`` arm;
             the batch counts documents.
     """
@@ -53,10 +55,11 @@ def configs(
         epochs=rft_epochs,
         learning_rate=rft_learning_rate,
     )
+    null = replace(rl.train, steps=random_steps, learning_rate=random_learning_rate)
     coin = RewardConfig(reward="random", format=rl.reward.format, allow_exploitable=True)
     changes: dict[Arm, dict[str, Any]] = {
         "rl": {},
-        "random": {"reward": coin, "train": replace(rl.train, steps=random_steps)},
+        "random": {"reward": coin, "train": null},
         "rft": {"train": tuned, "eval": EvalConfig()},
     }
     stem = f"{rl.task.task}-{start}"

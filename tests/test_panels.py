@@ -143,6 +143,7 @@ def home(tmp_path, monkeypatch):
 SIZES = {
     "seeds": 2,
     "random_steps": 1,
+    "random_learning_rate": 1e-4,
     "rft_epochs": 1,
     "rft_batch_size": 4,
     "rft_learning_rate": 1e-3,
@@ -160,6 +161,7 @@ def test_names_seeds_and_settings_of_the_arms():
     assert plan["rl"][0].train == rl.train
     assert plan["random"][0].reward.reward == "random"
     assert plan["random"][0].train.steps == 1
+    assert plan["random"][0].train.learning_rate == 1e-4
     assert plan["rft"][0].train.steps == 7, "as many completions as RL"
     assert plan["rft"][0].train.learning_rate == 1e-3
     assert all(RunConfig.from_json(c.to_json()) == c for cs in plan.values() for c in cs)
