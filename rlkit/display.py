@@ -11,6 +11,7 @@ import atexit
 import base64
 import contextlib
 import json
+import logging
 import os
 import sys
 import threading
@@ -147,6 +148,9 @@ class _Renderer:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        # The watchdog of a browser that dies warns in a thread of its own, before or after ``png``
+        # gives the reason; what matters arrives as an exception.
+        logging.getLogger("choreographer").setLevel(logging.ERROR)
         self.kaleido = self._wait(self._open())
         atexit.register(self._close)
 
