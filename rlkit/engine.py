@@ -1,118 +1,41 @@
-"""Generation for training, evaluation and notebooks alike: one engine, one set of random streams.
+"""Generation for training, evaluation, tools and notebooks alike: one engine, one decode loop.
 
 Each unique prompt is read once and its cache repeated over the rollouts; finished rows leave the
-batch. Draw t of sample j of a problem is a counter-based function of (key, j, t) instead of a
-global random state, so rollouts do not change when evaluation is switched on and any one of them
-can be made again alone. Bit-identity holds for the same machine, versions, threads and batch;
-between batch shapes floats differ, so a token may differ where two are almost equally likely.
+batch at once, rows that wait for a tool leave it with their cache and come back (``toolloop``).
+Randomness is a function of problem, sample and place (``streams``). Bit-identity holds for the same
+machine, versions, threads and batch; between batch shapes floats differ in their last digits, so a
+token may differ where a draw falls next to the border between two tokens
+(``benchmarks/regenerate.py`` counts them).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlkit.completion import Completion
+from rlkit.completion import Completion, Stop, ToolCall
 from rlkit.decode import make_decoder
+from rlkit.streams import Keys, Sampling, pick_tokens, row_streams, stable_key, uniforms
+from rlkit.toolloop import Resume, ToolLoop, Waiting
 
-Keys = NDArray[np.uint64]
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-COMPACT_BELOW = 0.8
-"""Finished rows are dropped once fewer than this share still runs: dropping copies the cache."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn."""
-
-    max_new_tokens: int
-    """Token budget of one response; >= 1."""
-    temperature: float = 1.0
-    """Softmax temperature; > 0. Ignored when greedy."""
-    top_p: float = 1.0
-    """Nucleus mass in (0, 1]."""
-    greedy: bool = False
-    """Take the most likely token; the lower id wins an exact tie."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens}: expected an integer >= 1")
-        if not self.temperature > 0:
-            raise ValueError(
-                f"temperature={self.temperature}: expected a number > 0; for greedy decoding set "
-                "greedy=True"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: expected a number in (0, 1]")
-
-
-def stable_key(run_seed: int, purpose: str, step: int, problem_id: str) -> int:
-    """64-bit key of a problem's random stream, the same on every machine and Python version."""
-    text = f"{run_seed}|{purpose}|{step}|{problem_id}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-
-
-def _mix(x: Keys) -> Keys:
-    """splitmix64's output function (Steele et al. 2014): a bijection that spreads every bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def row_streams(keys: Sequence[int], n: int, first_sample: int) -> Keys:
-    """Stream of each row [len(keys) * n]: rows of a prompt next to each other."""
-    samples = np.arange(first_sample, first_sample + n, dtype=np.uint64)
-    per_key = np.asarray(keys, dtype=np.uint64)[:, None]
-    return _mix(per_key + _mix((samples[None, :] + np.uint64(1)) * GOLDEN)).reshape(-1)
-
-
-def uniforms(streams: Keys, draw: int) -> NDArray[np.float64]:
-    """Draw number ``draw`` of each stream, uniform in [0, 1) with 53 bits."""
-    # An array of one: numpy wraps arrays in silence, as wanted here, but warns about scalars.
-    counter = np.array([draw + 1], dtype=np.uint64)
-    bits = _mix(streams + counter * GOLDEN)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def pick_tokens(
-    logits: Tensor, sampling: Sampling, uniform: NDArray[np.float64]
-) -> tuple[Tensor, Tensor]:
-    """Choose a token per row: ``logits [rows, V]`` -> (tokens [rows], log-probabilities [rows]).
-
-    Log-probabilities are of the temperature-scaled policy, before the nucleus cut (what the trainer
-    scores). Sampling inverts the cumulative distribution in float64.
-    """
-    logits = logits.float()
-    if not sampling.greedy and sampling.temperature != 1.0:
-        logits = logits / sampling.temperature
-    logprobs = logits.log_softmax(-1)
-    if sampling.greedy:
-        tokens = logprobs.argmax(-1)
-    else:
-        weights = logprobs.double().exp()
-        if sampling.top_p < 1:
-            weights = _nucleus(weights, sampling.top_p)
-        cumulative = weights.cumsum(-1)
-        target = torch.as_tensor(uniform, device=logits.device)[:, None] * cumulative[:, -1:]
-        # right=True skips tokens of weight zero even when the draw is exactly 0.
-        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
-
-
-def _nucleus(weights: Tensor, top_p: float) -> Tensor:
-    """Zero all but the smallest set of tokens whose mass reaches ``top_p``."""
-    ordered, index = weights.sort(dim=-1, descending=True, stable=True)
-    outside = ordered.cumsum(-1) - ordered >= top_p
-    return weights.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), 0.0)
+__all__ = [
+    "Engine",
+    "Sampling",
+    "StopTexts",
+    "end_token_ids",
+    "pick_tokens",
+    "row_streams",
+    "stable_key",
+    "uniforms",
+]
+Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 
 class Engine:
@@ -122,6 +45,8 @@ class Engine:
         model: a causal model; it is read at each call, so training may go on between calls.
         tokenizer: its tokenizer; must have a pad and an end token.
         max_rows: responses decoded at once; bounds the memory of the cache.
+        dtype: what to compute in, None for the model's own. Weights are cast once per call, so a
+            model trained in float32 generates in bfloat16 without paying for the cast at each step.
     """
 
     def __init__(
@@ -130,6 +55,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_rows: int = 512,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
             raise ValueError(
@@ -140,7 +66,9 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.max_rows = max_rows
+        self.dtype = dtype
         self.end_ids = end_token_ids(model, tokenizer)
+        self._texts: StopTexts | None = None  # of the last call; made anew for other texts
 
     def generate(
         self,
@@ -151,6 +79,7 @@ class Engine:
         keys: Sequence[int],
         first_sample: int = 0,
         prefill: str = "",
+        tools: ToolLoop | None = None,
     ) -> list[list[Completion]]:
         """Draw ``n`` responses to each prompt.
 
@@ -162,6 +91,8 @@ class Engine:
             first_sample: number of the first sample, to extend an earlier call by more samples.
             prefill: start of the response that the prompts already end with (``<think>``); it is
                 shown in each completion's text and nowhere else.
+            tools: runs code that responses write; ``max_new_tokens`` then counts the tools' output
+                too, and log-probabilities of its tokens are 0.
 
         Returns:
             Completions ``[prompts][n]``.
@@ -173,17 +104,19 @@ class Engine:
         self._check(prompts, sampling, n, keys)
         full = [list(prompt) for prompt in prompts]
         per_pass = max(1, self.max_rows // n)
-        done: list[list[Completion]] = []
+        done: list[Completion] = []
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.inference_mode():
                 for at in range(0, len(full), per_pass):
                     streams = row_streams(keys[at : at + per_pass], n, first_sample)
-                    done += self._decode(full[at : at + per_pass], sampling, n, streams, prefill)
+                    waiting = None if tools is None else Waiting(tools, at * n)
+                    rows = self._decode(full[at : at + per_pass], sampling, n, streams, waiting)
+                    done += rows.completions(self.tokenizer, self.end_ids, prefill)
         finally:
             self.model.train(was_training)
-        return done
+        return [done[i : i + n] for i in range(0, len(done), n)]
 
     def _check(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, keys: Sequence[int]
@@ -211,59 +144,176 @@ class Engine:
         sampling: Sampling,
         n: int,
         streams: Keys,
-        prefill: str,
-    ) -> list[list[Completion]]:
-        device = self.model.device
-        longest = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id
-        padded = [[pad] * (longest - len(p)) + list(p) for p in prompts]
-        valid = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-        decoder = make_decoder(self.model)
-        ids = torch.tensor(padded, device=device)
-        logits = decoder.prefill(ids, torch.tensor(valid, device=device))
+        waiting: Waiting | None,
+    ) -> Rows:
+        decoder = make_decoder(self.model, self.dtype)
+        logits = decoder.read(prompts)
         if n > 1:
             decoder.repeat(n)
             logits = logits.repeat_interleave(n, dim=0)
-        rows = len(prompts) * n
-        budget = sampling.max_new_tokens
-        tokens = torch.full((rows, budget), pad)
-        logprobs = torch.zeros(rows, budget)
-        length = torch.full((rows,), budget)
-        ended = torch.zeros(rows, dtype=torch.bool)
-        ends = torch.tensor(self.end_ids)
-        batch = torch.arange(rows)  # rows still in the decoder
-        running = torch.ones(rows, dtype=torch.bool)  # of the batch, not yet finished
-        for draw in range(budget):
-            chosen, scores = pick_tokens(logits, sampling, uniforms(streams[batch.numpy()], draw))
-            chosen_cpu = chosen.cpu()
-            alive = batch[running]
-            tokens[alive, draw] = chosen_cpu[running]
-            logprobs[alive, draw] = scores.cpu()[running]
-            finished = running & torch.isin(chosen_cpu, ends)
-            length[batch[finished]] = draw + 1
-            ended[batch[finished]] = True
-            running &= ~finished
-            left = int(running.sum())
-            if left == 0 or draw == budget - 1:
-                break
-            if left < COMPACT_BELOW * len(batch):
-                keep = running.nonzero()[:, 0]
-                decoder.keep(keep.to(device))
-                chosen = chosen[keep.to(device)]
-                batch, running = batch[keep], running[keep]
-            logits = decoder.step(chosen)
-        flat = [
-            Completion.from_ids(
-                tokens[row, : length[row]].tolist(),
-                self.tokenizer,
-                stop="eos" if ended[row] else "length",
+        rows = Rows(len(streams), sampling.max_new_tokens)
+        ends = np.zeros(logits.shape[-1], dtype=np.bool_)
+        ends[[i for i in self.end_ids if i < len(ends)]] = True
+        texts = self._stop_texts(sampling, logits.shape[-1])
+        batch = np.arange(len(streams))  # rows in the decoder: all of them still run
+        while len(batch):
+            uniform = uniforms(streams[batch], rows.length[batch])
+            chosen, scores = pick_tokens(logits, sampling, uniform)
+            ids = chosen.cpu().numpy()
+            rows.append(batch, ids, scores.cpu().numpy())
+            gone = rows.finish(batch, ids, ends, texts)
+            if waiting is not None:
+                gone |= waiting.feed(decoder, batch, ids, gone)
+            if gone.any():
+                order = _close_ranks(gone)
+                batch = batch[order]
+                chosen = chosen[torch.from_numpy(order).to(chosen.device)]
+                if len(batch):
+                    decoder.keep(torch.from_numpy(order))
+            if len(batch):
+                logits = decoder.step(chosen)
+            while waiting is not None and waiting.rows:
+                results = waiting.results(idle=not len(batch))
+                chunks = {row: chunk for row, r in results if (chunk := rows.resume(row, r))}
+                back = waiting.leave([row for row, _ in results], list(chunks))
+                if back is not None:
+                    read = back.read(list(chunks.values()))
+                    if len(batch):
+                        decoder.join(back)
+                        logits = torch.cat([logits, read])
+                    else:
+                        decoder, logits = back, read
+                    batch = np.concatenate([batch, np.array(list(chunks))])
+                if len(batch):
+                    break
+        return rows
+
+    def _stop_texts(self, sampling: Sampling, vocabulary: int) -> StopTexts | None:
+        if not sampling.stop:
+            return None
+        if self._texts is None or self._texts.stop != sampling.stop:
+            self._texts = StopTexts(sampling.stop, self.tokenizer, vocabulary)
+        return self._texts
+
+
+class Rows:
+    """What the rows of one pass have written so far.
+
+    Args:
+        count: number of rows.
+        budget: most tokens of each, forced ones included.
+    """
+
+    def __init__(self, count: int, budget: int) -> None:
+        self.budget = budget
+        self.tokens = np.zeros((count, budget), dtype=np.int64)
+        self.logprobs = np.zeros((count, budget), dtype=np.float32)
+        self.forced = np.zeros((count, budget), dtype=np.bool_)
+        self.length = np.zeros(count, dtype=np.int64)
+        self.calls: list[list[ToolCall]] = [[] for _ in range(count)]
+        self.stop: list[Stop] = ["length"] * count
+
+    def append(self, batch: Ints, ids: Ints, logprobs: NDArray[np.float32]) -> None:
+        """Add one sampled token to each row of ``batch``."""
+        at = self.length[batch]
+        self.tokens[batch, at] = ids
+        self.logprobs[batch, at] = logprobs
+        self.length[batch] = at + 1
+
+    def finish(self, batch: Ints, ids: Ints, ends: Flags, texts: StopTexts | None) -> Flags:
+        """Which rows of ``batch`` end with their newest token [batch]."""
+        ended = ends[ids]
+        if texts is not None:
+            for i in np.flatnonzero(texts.may_end[ids] & ~ended):
+                ended[i] = texts.found(self._sampled_tail(int(batch[i]), texts.window))
+        for row in batch[ended]:
+            self.stop[row] = "eos"
+        return ended | (self.length[batch] == self.budget)
+
+    def _sampled_tail(self, row: int, window: int) -> list[int]:
+        """Up to ``window`` newest tokens, none from before the last forced one."""
+        end = int(self.length[row])
+        start = max(0, end - window)
+        forced = np.flatnonzero(self.forced[row, start:end])
+        return self.tokens[row, start + (forced[-1] + 1 if len(forced) else 0) : end].tolist()
+
+    def resume(self, row: int, result: Resume) -> list[int]:
+        """Append forced tokens; what the model has yet to read of the row, empty if it ended."""
+        start = int(self.length[row])
+        ids = list(result.ids)[: self.budget - start]
+        end = start + len(ids)
+        self.tokens[row, start:end] = ids
+        self.forced[row, start:end] = True
+        self.length[row] = end
+        if result.call is not None:
+            self.calls[row].append(replace(result.call, span=(start, end)))
+        if result.stop is not None:
+            self.stop[row] = result.stop
+        if result.stop is not None or end == self.budget:
+            return []
+        return self.tokens[row, start - 1 : end].tolist()  # the last sampled one is unread too
+
+    def completions(
+        self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], prefill: str
+    ) -> list[Completion]:
+        """All rows as completions."""
+        done = []
+        for row, length in enumerate(self.length.tolist()):
+            completion = Completion.from_ids(
+                self.tokens[row, :length].tolist(),
+                tokenizer,
+                stop=self.stop[row],
                 prefill=prefill,
-                end_ids=self.end_ids,
-                logprobs=logprobs[row, : length[row]].tolist(),
+                end_ids=end_ids,
+                logprobs=self.logprobs[row, :length].tolist(),
             )
-            for row in range(rows)
-        ]
-        return [flat[i : i + n] for i in range(0, rows, n)]
+            if self.forced[row].any() or self.calls[row]:
+                mask = tuple((~self.forced[row, :length]).astype(int).tolist())
+                completion = replace(completion, loss_mask=mask, tool_calls=tuple(self.calls[row]))
+            done.append(completion)
+        return done
+
+
+class StopTexts:
+    """Finds texts that end a response, also when they are spread over several tokens.
+
+    Decoding each row at each step would cost more than the model does. A row is decoded only when
+    its newest token holds the last character of a text, and then only a few tokens of it.
+
+    Args:
+        stop: the texts.
+        tokenizer: decodes ids.
+        vocabulary: number of ids.
+    """
+
+    def __init__(
+        self, stop: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, vocabulary: int
+    ) -> None:
+        self.stop = stop
+        self.tokenizer = tokenizer
+        # A token spells at least one byte; one more character in front may be cut in two.
+        self.window = max(len(text.encode()) for text in stop) + 4
+        # Decoded after another token: alone, some tokenizers drop a token's leading space.
+        anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+        before = str(tokenizer.decode(anchor))
+        pairs = tokenizer.batch_decode([[*anchor, i] for i in range(vocabulary)])
+        pieces = [str(pair).removeprefix(before) for pair in pairs]
+        # U+FFFD: part of a character, so it may complete any.
+        last = {text[-1] for text in stop} | {"\ufffd"}
+        self.may_end = np.array([not last.isdisjoint(piece) for piece in pieces], dtype=np.bool_)
+
+    def found(self, tail: Sequence[int]) -> bool:
+        """Whether the newest tokens of a row hold one of the texts."""
+        text = str(self.tokenizer.decode(list(tail), skip_special_tokens=False))
+        return any(stop in text for stop in self.stop)
+
+
+def _close_ranks(gone: Flags) -> Ints:
+    """Indices of those who stay, moved as little as possible: the last ones fill the gaps."""
+    left = int((~gone).sum())
+    order = np.arange(left)
+    order[gone[:left]] = left + np.flatnonzero(~gone[left:])
+    return order
 
 
 def end_token_ids(

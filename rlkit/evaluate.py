@@ -131,7 +131,7 @@ def evaluate(
         "run_seed": run_seed,
         "purpose": purpose,
         "step": step,
-        "sampling": asdict(sampling),
+        "sampling": {**asdict(sampling), "stop": list(sampling.stop)},
         "prefill": prefill,
         "infra": int((frame["stop"] == "infra").sum()),
     }

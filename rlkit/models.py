@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
 )
 from transformers.utils import logging as hf_logging
 
@@ -154,6 +155,19 @@ def fingerprint(config: ModelConfig) -> str:
         if small:
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def is_plain_qwen2(model: object) -> bool:
+    """Whether a model's forward pass is exactly the textbook Qwen2: what our own code computes.
+
+    No subclass (it may change the pass), no adapters, no window, no scaled rotary positions.
+    """
+    if type(model) is not Qwen2ForCausalLM:
+        return False
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        return False
+    full = all(kind == "full_attention" for kind in model.config.layer_types or ())
+    return full and model.model.rotary_emb.rope_type == "default"
 
 
 def hub_commit(model: Policy) -> str | None:

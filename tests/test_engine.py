@@ -1,12 +1,29 @@
-"""The engine against ``generate`` of transformers, against a full forward pass, and its streams."""
+"""The engine's interface, stop texts, number formats and random streams.
+
+That tokens and log-probabilities are right is tested in ``test_engine_exact.py``.
+"""
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from tiny import grouped_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
+)
 
 from rlkit.decode import ModuleDecoder, Qwen2Decoder, make_decoder
-from rlkit.engine import Engine, Sampling, pick_tokens, row_streams, stable_key, uniforms
+from rlkit.engine import (
+    Engine,
+    Sampling,
+    StopTexts,
+    pick_tokens,
+    row_streams,
+    stable_key,
+    uniforms,
+)
 from rlkit.tokenizer import build_tokenizer
 
 PROMPTS = ["Compute 19+14.", "Evaluate 47+85-19+62-38.", "Compute 1."]
@@ -20,67 +37,15 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="module")
 def model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
     """Random weights with grouped-query attention; large enough logits to have clear winners."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        initializer_range=0.3,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    return Qwen2ForCausalLM(config).eval()
+    return grouped_model(tokenizer, positions=256, spread=0.3)
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     return [tokenizer(text)["input_ids"] for text in texts]
 
 
-def reference(model, tokenizer, prompt: list[int], budget: int) -> list[int]:
-    """transformers' own greedy continuation, cut after the end token."""
-    output = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=budget,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )[0, len(prompt) :].tolist()
-    end = tokenizer.eos_token_id
-    return output[: output.index(end) + 1] if end in output else output
-
-
-@pytest.mark.parametrize("decoder", [Qwen2Decoder, ModuleDecoder])
-def test_greedy_equals_transformers_generate(model, tokenizer, decoder, monkeypatch) -> None:
-    monkeypatch.setattr("rlkit.engine.make_decoder", decoder)
-    prompts = ids_of(tokenizer, PROMPTS)
-    sampling = Sampling(max_new_tokens=40, greedy=True)
-    found = Engine(model, tokenizer).generate(prompts, sampling, n=1, keys=[0, 1, 2])
-    for prompt, (completion,) in zip(prompts, found, strict=True):
-        assert list(completion.token_ids) == reference(model, tokenizer, prompt, 40)
-
-
 def test_plain_qwen2_uses_the_fused_decoder(model) -> None:
     assert isinstance(make_decoder(model), Qwen2Decoder)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampled_logprobs_equal_a_full_forward_pass(model, tokenizer, temperature) -> None:
-    prompts = ids_of(tokenizer, PROMPTS)
-    sampling = Sampling(max_new_tokens=30, temperature=temperature)
-    groups = Engine(model, tokenizer).generate(prompts, sampling, n=5, keys=[7, 8, 9])
-    for prompt, group in zip(prompts, groups, strict=True):
-        for completion in group:
-            ids = torch.tensor([prompt + list(completion.token_ids)])
-            with torch.no_grad():
-                logits = model(ids).logits[0, len(prompt) - 1 : -1] / temperature
-            expected = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-            assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=2e-5)
 
 
 def test_rollout_is_the_same_alone_and_in_any_batch(model, tokenizer) -> None:
@@ -131,6 +96,121 @@ def test_prefill_is_shown_in_the_text_but_not_generated(model, tokenizer) -> Non
     assert shown.text == "<think>" + plain.text
 
 
+def test_a_response_ends_with_the_token_that_completes_a_stop_text(model, tokenizer) -> None:
+    """Same tokens as without, cut at the first place where the decoded text holds a stop."""
+    engine = Engine(model, tokenizer)
+    prompts, keys = ids_of(tokenizer, PROMPTS), [1, 2, 3]
+    free = [c for g in engine.generate(prompts, Sampling(60), n=32, keys=keys) for c in g]
+    texts = [c.text for c in free]
+    # Stops of one, two and three tokens that occur, taken from the responses themselves.
+    stop = (texts[0][7], texts[1][3:5], tokenizer.decode(list(free[2].token_ids[10:13])))
+    sampling = Sampling(60, stop=stop)
+    cut = [c for g in engine.generate(prompts, sampling, n=32, keys=keys) for c in g]
+    early = 0
+    for whole, short in zip(free, cut, strict=True):
+        ids = list(whole.token_ids)
+        ends = [
+            t for t in range(1, len(ids) + 1) if any(s in tokenizer.decode(ids[:t]) for s in stop)
+        ]
+        expected = ids[: ends[0]] if ends else ids
+        assert list(short.token_ids) == expected
+        assert short.stop == ("eos" if ends else whole.stop)
+        if ends and expected[-1] != tokenizer.eos_token_id:
+            assert any(s in short.text for s in stop), "the text keeps the stop"
+            early += 1
+    assert early > 20
+
+
+def test_a_stop_text_in_the_prompt_or_across_its_end_does_not_count(model, tokenizer) -> None:
+    engine = Engine(model, tokenizer)
+    (free,) = engine.generate([[5, 6]], Sampling(4, greedy=True), n=1, keys=[0])[0]
+    first = tokenizer.decode([free.token_ids[0]])
+    prompt_end = tokenizer.decode([6])
+    for stop in (prompt_end + first, tokenizer.decode([5, 6])):
+        assert stop not in free.text
+        sampling = Sampling(4, greedy=True, stop=(stop,))
+        (found,) = engine.generate([[5, 6]], sampling, n=1, keys=[0])[0]
+        assert found.token_ids == free.token_ids
+
+
+def test_stop_texts_of_another_call_are_not_remembered(model, tokenizer) -> None:
+    engine = Engine(model, tokenizer)
+    (free,) = engine.generate([[5, 6]], Sampling(8, greedy=True), n=1, keys=[0])[0]
+    for place in (1, 3):
+        stop = tokenizer.decode([free.token_ids[place]])
+        sampling = Sampling(8, greedy=True, stop=(stop,))
+        (found,) = engine.generate([[5, 6]], sampling, n=1, keys=[0])[0]
+        assert found.text == free.text[: free.text.index(stop) + len(stop)]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and a few of several bytes that begin or end inside a character."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: i for i, symbol in enumerate(alphabet)}
+    merges = [("Ċ", "Ċ"), ("x", "Ã"), ("Ġ", "b")]
+    for left, right in merges:
+        vocab[left + right] = len(vocab)
+    core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<end>"])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<end>")
+
+
+@pytest.mark.parametrize(
+    ("text", "stop"),
+    [
+        ("one\n\ntwo", "\n\n"),
+        ("one\n\n\ntwo", "\n\n\n"),
+        ("caffè é la", "é"),
+        ("axé b c", "é b"),
+        ("日本語", "本"),
+        ("end: b", " b"),
+        ("a b ", "b "),
+    ],
+)
+def test_stop_texts_are_found_wherever_tokens_cut_them(text, stop) -> None:
+    tokenizer = byte_tokenizer()
+    finder = StopTexts((stop,), tokenizer, len(tokenizer) + 3)
+    ids = tokenizer(text)["input_ids"]
+    ends = [t for t in range(1, len(ids) + 1) if stop in tokenizer.decode(ids[:t])]
+    for t in range(1, ends[0] + 1):
+        tail = ids[max(0, t - finder.window) : t]
+        assert (bool(finder.may_end[ids[t - 1]]) and finder.found(tail)) == (t == ends[0])
+
+
+@pytest.mark.parametrize("decoder", [Qwen2Decoder, ModuleDecoder])
+def test_generation_in_bfloat16_leaves_the_model_in_float32(
+    model, tokenizer, decoder, monkeypatch
+) -> None:
+    monkeypatch.setattr("rlkit.engine.make_decoder", decoder)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    engine = Engine(model, tokenizer, dtype=torch.bfloat16)
+    prompts = ids_of(tokenizer, PROMPTS)
+    groups = engine.generate(prompts, Sampling(24), n=4, keys=[1, 2, 3])
+    errors = []
+    for prompt, group in zip(prompts, groups, strict=True):
+        for completion in group:
+            ids = torch.tensor([[*prompt, *completion.token_ids]])
+            assert completion.token_ids and ids.min() >= 0 and ids.max() < len(tokenizer)
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+            errors.append((torch.tensor(completion.logprobs) - expected).abs())
+    error = torch.cat(errors)
+    assert error.mean() < 0.1
+    assert error.max() > 1e-4, "not computed in bfloat16"
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, before[name])
+
+
+def test_draws_may_have_a_number_for_each_stream() -> None:
+    streams = row_streams([3, 4], 3, 0)
+    numbers = np.array([0, 5, 2, 0, 5, 900])
+    each = uniforms(streams, numbers)
+    assert each.tolist() == [uniforms(streams, int(t))[i] for i, t in enumerate(numbers)]
+
+
 def test_uniform_draws_are_uniform_and_independent() -> None:
     streams = row_streams([stable_key(0, "train", s, "p") for s in range(500)], 4, 0)
     draws = np.stack([uniforms(streams, t) for t in range(50)])
@@ -142,6 +222,14 @@ def test_uniform_draws_are_uniform_and_independent() -> None:
 
 def test_stable_key_is_fixed_for_ever() -> None:
     assert stable_key(0, "train", 1, "chain:1+2") == 5308312154548278928
+
+
+def test_draws_are_fixed_for_ever() -> None:
+    """Published rollouts can be made again only with these very numbers."""
+    streams = row_streams([stable_key(0, "train", 1, "chain:1+2")], 2, first_sample=3)
+    assert streams.tolist() == [1202376975228208299, 16096974290992741967]
+    assert uniforms(streams, 0).tolist() == [0.5202285117537683, 0.3640571184134457]
+    assert uniforms(streams, 700).tolist() == [0.34877011897276045, 0.8615013523063287]
 
 
 def test_sampling_frequencies_follow_the_probabilities() -> None:
@@ -186,6 +274,8 @@ def test_bad_calls_are_refused(model, tokenizer, arguments, message) -> None:
         (dict(max_new_tokens=0), "max_new_tokens=0"),
         (dict(max_new_tokens=1, temperature=0.0), "greedy=True"),
         (dict(max_new_tokens=1, top_p=0.0), "top_p=0.0"),
+        (dict(max_new_tokens=1, stop="###"), "stop='###'"),
+        (dict(max_new_tokens=1, stop=("",)), "non-empty strings"),
     ],
 )
 def test_bad_sampling_is_refused(values, name) -> None:
