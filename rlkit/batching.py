@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -24,13 +26,33 @@ def window_indices(seed: int, step: int, pool: int, prompts: int) -> list[int]:
     return [int(i) for i in order[position * prompts : (position + 1) * prompts]]
 
 
+def refill_indices(
+    seed: int, step: int, number: int, pool: int, taken: Sequence[int], count: int
+) -> list[int]:
+    """At most ``count`` problems not in ``taken`` for round ``number`` of refilling step ``step``.
+
+    A function of the arguments alone, so that resuming or evaluating cannot shift it.
+    """
+    order = np.random.default_rng([seed, step, number]).permutation(pool)
+    free = set(range(pool)) - set(taken)
+    return [int(i) for i in order if int(i) in free][:count]
+
+
 def loss_mask(completion: Completion, mask_truncated: bool) -> list[int]:
     """1 for each token that is trained on; all 0 for a row that is left out."""
     left_out = completion.stop == "infra" or (mask_truncated and not completion.reached_end)
     return [0] * len(completion.token_ids) if left_out else list(completion.loss_mask)
 
 
-def micro_batches(batch: Tensors, updates: int, size: int) -> list[Tensors]:
+def trained_tokens(batch: Tensors) -> torch.Tensor:
+    """1 for each completion token in the loss [rows, completion width]."""
+    mask = batch["completion_mask"]
+    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
+
+
+def micro_batches(
+    batch: Tensors, updates: int, size: int, *, drop_no_signal: bool = False
+) -> list[Tensors]:
     """Split a generation batch into the parts of each update, with little padding.
 
     Updates keep whole groups together where they divide the prompts. Inside an update rows are
@@ -39,17 +61,41 @@ def micro_batches(batch: Tensors, updates: int, size: int) -> list[Tensors]:
     Args:
         batch: tensors with a leading row dimension (0-dimensional ones are shared).
         updates: optimizer updates per generation batch.
-        size: rows per part.
+        size: rows per part at most.
+        drop_no_signal: leave out rows that add nothing to the gradient: advantage 0 or no token in
+            the loss. Exact as long as the loss is a sum over rows of terms proportional to the
+            advantage, so not with a KL term or an entropy bonus.
+
+    Returns:
+        The parts in order, equally many per update. Each carries ``loss_scale``, which undoes what
+        dropping changes in losses that divide by the rows of a part (a loss that divides by the
+        tokens of the whole batch, ``num_items_in_batch``, has no use for it), and ``token_share``:
+        its tokens in the loss, relative to an equal share of those of its update.
     """
     lengths = batch["completion_mask"].sum(1)
+    tokens = trained_tokens(batch).sum(1)
     rows = lengths.shape[0]
     per_update = rows // updates
+    count = per_update // size
+    signal = torch.ones(rows, dtype=torch.bool, device=lengths.device)
+    if drop_no_signal:
+        signal = (batch["advantages"] != 0) & (tokens > 0)
     parts = []
     for start in range(0, rows, per_update):
         order = torch.arange(start, start + per_update, device=lengths.device)
-        if per_update > size:
+        # A part needs a row; without signal one that adds 0 will do.
+        order = order[torch.argsort(~signal[order], stable=True)]
+        order = order[: max(count, int(signal[order].sum()))]
+        if count > 1:
             order = order[torch.argsort(lengths[order], stable=True)]
-        parts += [_trim(batch, chunk) for chunk in order.split(size)]
+        else:
+            order = order.sort().values
+        total = max(1, int(tokens[order].sum()))
+        for chunk in order.tensor_split(count):
+            part = _trim(batch, chunk)
+            part["loss_scale"] = torch.tensor(len(chunk) * count / per_update)
+            part["token_share"] = torch.tensor(int(tokens[chunk].sum()) * count / total)
+            parts.append(part)
     return parts
 
 
