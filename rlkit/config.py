@@ -1,4 +1,4 @@
-"""Configuration of a run: one frozen dataclass per stage, checked when it is made.
+"""Configuration of a run: the stages of ``rlkit.stages`` under one name and seed.
 
 Leaf names are unique over all stages, so a notebook's ``parameters`` cell stays flat and
 ``resolve(profile, **parameters)`` knows where each value belongs. Precedence: field default <
@@ -7,207 +7,26 @@ profile (``profiles.yaml``) < explicit parameter.
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any
 
 import yaml
 
 from rlkit.checks import ConfigError as ConfigError
 from rlkit.checks import check_types, require, require_known
+from rlkit.stages import EvalConfig as EvalConfig
+from rlkit.stages import ModelConfig as ModelConfig
+from rlkit.stages import RewardConfig as RewardConfig
+from rlkit.stages import SamplingConfig as SamplingConfig
+from rlkit.stages import TaskConfig as TaskConfig
+from rlkit.stages import TrainConfig as TrainConfig
 
-LossType = Literal["grpo", "dr_grpo", "dapo"]
-Advantage = Literal["group_std", "group_mean", "batch_std", "rloo", "reinforce_pp"]
 PROFILES_FILE = Path(__file__).with_name("profiles.yaml")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which policy, and what of it is trained."""
-
-    model: str = "tiny-base"
-    """A name in data/models, ``run:<name>`` (a finished run), a folder, or a hub name."""
-    model_revision: str = "main"
-    """Hub revision; the resolved commit is recorded in env.json. Ignored for folders."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type of forward passes. Master weights are float32 in full training either way."""
-    lora_rank: int = 0
-    """Rank of LoRA adapters on all linear layers; 0 trains every weight."""
-    lora_alpha: float = 32.0
-    """LoRA scale numerator (scale = alpha / rank); > 0."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about 30 % more time."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        require(bool(self.model), "model", self.model, "a model name or folder")
-        require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "an integer >= 0")
-        require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "a number > 0")
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """Which problems, and how they become prompts."""
-
-    task: str = "chain"
-    """``chain``, ``edge``, ``large``, a .jsonl/.parquet file, or a hub data set by name."""
-    task_revision: str = "main"
-    """Hub revision of the data set; ignored for embedded tasks and files."""
-    template: str = "question"
-    """Prompt template: ``question``, ``boxed``, ``zero_short``, ``zero_long``, ``code``."""
-    train_problems: int = 4096
-    """Problems in the training pool; >= 1. Embedded tasks draw them from a seeded index range."""
-    documents: str = ""
-    """SFT only: JSONL file with ``prompt`` (messages) and ``completion`` (text) per row."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        require(bool(self.task), "task", self.task, "a task name or file")
-        require(self.train_problems >= 1, "train_problems", self.train_problems, "an integer >= 1")
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How rollouts are drawn during training and sampled evaluation."""
-
-    temperature: float = 1.0
-    """Softmax temperature of rollouts; > 0. The study recommends 1.2 (section 3.1.1)."""
-    top_p: float = 1.0
-    """Nucleus mass in (0, 1]. Below 1 the scored policy differs from the sampled one."""
-    max_completion_length: int = 128
-    """Token budget of a response; >= 1. Responses that hit it count as truncated."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        require(
-            self.temperature > 0,
-            "temperature",
-            self.temperature,
-            "a number > 0",
-            "Greedy decoding is an evaluation mode, not a rollout temperature.",
-        )
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
-        require(
-            self.max_completion_length >= 1,
-            "max_completion_length",
-            self.max_completion_length,
-            "an integer >= 1",
-        )
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """What a rollout is worth."""
-
-    reward: Literal["accuracy", "random", "format"] = "accuracy"
-    """``accuracy``: 1 if right and ended, gated by the format rule; ``random``: a fair coin (null
-    test); ``format``: 1 if well formed, right or wrong (exploitable on purpose)."""
-    format: Literal["boxed", "zero", "none"] = "boxed"
-    """Format gate on accuracy: ``boxed`` (embedded default), ``zero`` (the study's five
-    conditions), ``none``."""
-    allow_exploitable: bool = False
-    """Run although the self-check found a wrong answer that scores; shown on every figure."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        require(
-            self.reward == "accuracy" or self.allow_exploitable,
-            "reward",
-            self.reward,
-            "'accuracy' unless allow_exploitable is true",
-            "A reward that pays wrong answers needs allow_exploitable=True.",
-        )
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The optimisation. Counts of completions, not of prompts, unless said."""
-
-    steps: int = 60
-    """Optimizer windows, each with fresh rollouts; >= 1."""
-    batch_size: int = 128
-    """Completions per step; divisible by rollouts."""
-    rollouts: int = 16
-    """Completions per prompt (group size G); >= 2."""
-    micro_batch_size: int = 128
-    """Completions per forward/backward pass; divides batch_size / updates_per_batch."""
-    updates_per_batch: int = 1
-    """Optimizer updates per rollout batch; 1 is on-policy."""
-    learning_rate: float = 3e-4
-    """Peak AdamW rate; > 0. About 3e-4 below 1M parameters, 1e-6 for 1B and more."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape from the peak down to 0 at the last step (constant: no decay)."""
-    warmup_steps: int = 0
-    """Linear warm-up from 0, in optimizer updates; >= 0."""
-    weight_decay: float = 0.0
-    """AdamW decay; >= 0."""
-    max_grad_norm: float = 1.0
-    """Gradient norm clip; > 0."""
-    loss_type: LossType = "dapo"
-    """Aggregation: ``grpo`` mean per sequence, ``dr_grpo`` fixed divisor, ``dapo`` token mean."""
-    advantage: Advantage = "group_mean"
-    """``group_std`` (GRPO z-score), ``group_mean`` (Dr. GRPO), ``batch_std`` (group mean, batch
-    std), ``rloo`` (leave-one-out baseline), ``reinforce_pp`` (group mean, then batch z-score)."""
-    beta: float = 0.0
-    """KL coefficient (k3 term in the loss); >= 0. 0 loads no reference model."""
-    epsilon: float = 0.2
-    """Lower clip range of the ratio, in (0, 1)."""
-    epsilon_high: float = 0.2
-    """Upper clip range, > 0; 0.28 is DAPO's clip-higher."""
-    entropy_coef: float = 0.0
-    """Weight of an entropy bonus; >= 0."""
-    mask_truncated: bool = False
-    """Leave truncated completions out of the loss (DAPO overlong filtering)."""
-    epochs: int = 1
-    """SFT only: passes over the documents; >= 1."""
-    save_every: int = 0
-    """Checkpoint interval in steps; 0 keeps only the final weights."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("steps", "batch_size", "micro_batch_size", "updates_per_batch", "epochs"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
-        require(self.rollouts >= 2, "rollouts", self.rollouts, "an integer >= 2 (a group)")
-        require(
-            self.batch_size % self.rollouts == 0,
-            "batch_size",
-            self.batch_size,
-            f"a multiple of rollouts={self.rollouts}",
-            f"Use {max(1, round(self.batch_size / self.rollouts)) * self.rollouts}.",
-        )
-        per_update, rest = divmod(self.batch_size, self.updates_per_batch)
-        require(
-            rest == 0 and per_update % self.micro_batch_size == 0,
-            "micro_batch_size",
-            self.micro_batch_size,
-            f"a divisor of batch_size / updates_per_batch = "
-            f"{self.batch_size}/{self.updates_per_batch}",
-        )
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number > 0")
-        for name in ("warmup_steps", "weight_decay", "beta", "entropy_coef", "save_every"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
-        require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "a number > 0")
-        require(0 < self.epsilon < 1, "epsilon", self.epsilon, "a number in (0, 1)")
-        require(self.epsilon_high > 0, "epsilon_high", self.epsilon_high, "a number > 0")
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation during training. Always on validation problems; test is for the notebooks."""
-
-    eval_every: int = 0
-    """Steps between evaluations; 0 evaluates never during training."""
-    eval_problems: int = 128
-    """Validation problems per evaluation; >= 1."""
-    eval_samples: int = 4
-    """Samples per problem of the sampled evaluation; >= 1."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        require(self.eval_every >= 0, "eval_every", self.eval_every, "an integer >= 0")
-        require(self.eval_problems >= 1, "eval_problems", self.eval_problems, "an integer >= 1")
-        require(self.eval_samples >= 1, "eval_samples", self.eval_samples, "an integer >= 1")
 
 
 @dataclass(frozen=True)
@@ -297,9 +116,10 @@ LEAVES = _leaves()
 """Parameter name to stage; every parameter that ``resolve`` accepts."""
 
 
-def profiles() -> dict[str, dict[str, Any]]:
-    """The profiles of ``profiles.yaml``: name to flat parameters."""
-    return dict(yaml.safe_load(PROFILES_FILE.read_text(encoding="utf-8")))
+@functools.cache
+def profiles() -> Mapping[str, Mapping[str, Any]]:
+    """The profiles of ``profiles.yaml``: name to flat parameters; read once."""
+    return MappingProxyType(yaml.safe_load(PROFILES_FILE.read_text(encoding="utf-8")))
 
 
 def resolve(profile: str, **params: Any) -> RunConfig:

@@ -71,7 +71,8 @@ def test_an_integer_serves_as_a_number() -> None:
 
 
 def test_micro_batch_follows_the_batch_unless_given() -> None:
-    assert resolve("tiny", batch_size=40, rollouts=8).train.micro_batch_size == 10
+    assert resolve("tiny", batch_size=40, rollouts=8).train.micro_batch_size == 40
+    assert resolve("tiny", batch_size=320).train.micro_batch_size == 80
     assert resolve("tiny", updates_per_batch=16).train.micro_batch_size == 8
     assert (
         resolve("tiny", batch_size=256).train.micro_batch_size
