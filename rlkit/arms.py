@@ -82,13 +82,13 @@ def train(plan: Mapping[Arm, Sequence[RunConfig]]) -> dict[Arm, list[Path]]:
 
 
 def obtain(config: RunConfig) -> Path:
-    """The finished RL run of ``config``: the one that exists, else a new one.
+    """The finished RL run of ``config``: the one that exists, continued if need be, else a new one.
 
     A run of the same name from other settings or other weights is moved aside
     (``<name>.old-<n>``), so that a notebook can be run again with a changed parameter.
     """
     try:
-        return train_rl(config, fresh="unfinished")
+        return train_rl(config)
     except RunError:
         if runs.is_locked(runs_dir() / config.name):
             raise  # another process is writing it

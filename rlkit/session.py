@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from rlkit.callbacks import Progress, progress
@@ -34,8 +35,9 @@ class Session:
     def __init__(self, config: RunConfig, recorder: Recorder, steps: int) -> None:
         self.config = config
         self.recorder = recorder
+        self.steps = steps
         self.display: Progress = progress(config.name, steps)
-        self.step = 0
+        self.step = recorder.status.step
         self.stopped = False
         self._warned: set[str] = set()
 
@@ -60,6 +62,8 @@ class Session:
         """Record and show a warning, once per ``code``."""
         if code not in self._warned:
             self._warned.add(code)
+            if message in self.recorder.status.warnings:
+                return  # said before the run was resumed
             self.recorder.warn(message)
             self.display.note(f"{self.config.name}  warning: {message}")
 
@@ -71,7 +75,8 @@ class Session:
                 paused = command == "pause"
                 self.recorder.update(control_id=number, state="paused" if paused else "running")
             if command == "stop":
-                self.stopped = True
+                # Asked for in the last step, it changes nothing: the run is done.
+                self.stopped = self.step < self.steps
                 return True
             if command != "pause":
                 return False
@@ -94,7 +99,11 @@ class Session:
 def save_weights(model: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save model (LoRA: the adapter) and tokenizer so that ``models.load_policy`` reads them."""
     with quiet():
-        model.save_pretrained(str(folder))
+        if isinstance(model, PeftModel):
+            # A second adapter can be there as the reference of the KL term; it is no result.
+            model.save_pretrained(str(folder), selected_adapters=["default"])
+        else:
+            model.save_pretrained(str(folder))
     tokenizer.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ def train_sft(
     config: RunConfig,
     *,
     documents: Sequence[Document] | None = None,
-    fresh: bool | Literal["unfinished"] = False,
+    fresh: bool = False,
 ) -> Path:
     """Fine-tune a policy on documents and record everything in a run folder.
 
@@ -48,7 +48,8 @@ def train_sft(
         config: the run.
         documents: rows with ``prompt`` (messages) and ``completion`` (text without end token);
             default the JSONL file ``config.task.documents``.
-        fresh: see ``recorder.open_run``; an existing folder is never overwritten.
+        fresh: start again even if the run is finished. An existing folder is moved aside, never
+            overwritten; an unfinished run (fine-tuning here takes minutes) always starts again.
 
     Returns:
         The run folder; ``runs.final_checkpoint(folder)`` holds the final weights.

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from rlkit import advantages, environment, models, preflight, rewards, tasks, templates
+from rlkit import environment, models, preflight, rewards, runs, tasks, templates
+from rlkit.arguments import sampling
 from rlkit.checks import ConfigError
-from rlkit.completion import Completion
 from rlkit.config import RunConfig
-from rlkit.engine import stable_key
-from rlkit.grpo import RolloutTrainer, Window, sampling
+from rlkit.grpo import RolloutTrainer
 from rlkit.recorder import Recorder, open_run
+from rlkit.rollouts import Window, rollout_columns, step_metrics
 from rlkit.session import Session, data_hash
 from rlkit.watchdog import watch
 
@@ -25,18 +24,19 @@ Row = dict[str, Any]
 def train_rl(
     config: RunConfig,
     *,
-    fresh: bool | Literal["unfinished"] = False,
+    fresh: bool = False,
     problems: Sequence[Row] | None = None,
     validation: Sequence[Row] | None = None,
 ) -> Path:
     """Train a policy with GRPO (or one of its variants) and record everything in a run folder.
 
-    A finished run of the same configuration is returned at once. After an error or Ctrl-C the
-    folder stays readable and says so in its status.
+    A finished run of the same configuration is returned at once. An unfinished one (killed, stopped
+    or interrupted by Ctrl-C) goes on from its newest resume point, bit-identical to a run that was
+    never interrupted on the same machine, versions and threads.
 
     Args:
         config: the run.
-        fresh: see ``recorder.open_run``; an existing folder is never overwritten.
+        fresh: start again instead; an existing folder is moved aside, never overwritten.
         problems: training problem rows; default ``config.task``'s train split.
         validation: rows for evaluation during training (``eval_every`` > 0); default the
             validation split of the task.
@@ -80,7 +80,7 @@ def train_rl(
         )
         try:
             session.begin(trainer, tokenizer, rows)
-            trainer.run()
+            trainer.run(recorder.resume)
         finally:
             session.display.close()
         session.finish(model, tokenizer)
@@ -105,25 +105,31 @@ class RlSession(Session):
         """Check before step 1, and evaluate the starting point if asked to evaluate at all."""
         self.trainer, self.model, self.tokenizer = trainer, trainer.policy, tokenizer
         config = self.config
+        if config.eval.eval_every and self._validation is None:
+            self._validation = tasks.load_problems(
+                config.task.task,
+                "validation",
+                config.eval.eval_problems,
+                revision=config.task.task_revision,
+            )
+        if self.recorder.resume is not None:
+            self._history = runs.read_metrics_rows(self.recorder.path)
+            self._completions = self._history[-1]["completions"]
+            self._tokens = self._history[-1]["tokens"]
+            self.display.note(f"{config.name}  resumed after step {self.step}")
+            return
         findings = preflight.check(
             config,
             tokenizer,
             trainer.engine.end_ids,
             rows,
             rewards.build(config.reward),
-            self._probe,
+            lambda probe: trainer.sample(probe, "probe", 0),
             has_reference=trainer.ref_model is not None or config.model.lora_rank > 0,
         )
         for finding in findings:
             self.warn(finding.check, finding.message)
         if config.eval.eval_every:
-            if self._validation is None:
-                self._validation = tasks.load_problems(
-                    config.task.task,
-                    "validation",
-                    config.eval.eval_problems,
-                    revision=config.task.task_revision,
-                )
             self._evaluate(0)
 
     def on_step(self, window: Window, numbers: Mapping[str, float]) -> bool:
@@ -135,7 +141,7 @@ class RlSession(Session):
         row = {
             **step_metrics(window),
             **numbers,
-            "seconds_train": numbers["seconds_step"] - rollout_seconds,
+            "seconds_train": numbers["seconds_step"] - rollout_seconds - numbers["seconds_score"],
             "completions": self._completions,
             "tokens": self._tokens,
         }
@@ -150,16 +156,12 @@ class RlSession(Session):
             self._evaluate(window.step)
         if save and window.step % save == 0 and not last:
             self.save(self.model, self.tokenizer)
-        return self.obey()
-
-    def _probe(self, rows: Sequence[Row]) -> list[list[Completion]]:
-        return self.trainer.engine.generate(
-            templates.encode(rows, self.tokenizer, self.config.task.template),
-            sampling(self.config),
-            n=self.config.train.rollouts,
-            keys=[stable_key(self.config.seed, "probe", 0, row["problem_id"]) for row in rows],
-            prefill=self.trainer.prefill,
-        )
+        stop = self.obey()
+        resume = self.config.train.resume_every
+        if resume and not last and (stop or window.step % resume == 0):
+            with self.recorder.resume_point(window.step) as folder:
+                self.trainer.save_state(folder)
+        return stop
 
     def _evaluate(self, step: int) -> None:
         from rlkit import evaluate  # needs pandas and more; only loaded when used
@@ -178,65 +180,6 @@ class RlSession(Session):
             prefill=self.trainer.prefill,
         )
         evaluate.save(result, self.recorder.path, f"validation-{step:06d}")
-
-
-def step_metrics(window: Window) -> dict[str, Any]:
-    """The figures of one step that follow from its rollouts alone; absent means are None.
-
-    Accuracy is answer equivalence with the end reached, never the gated reward. Lengths are in
-    tokens, over all, right and wrong completions.
-    """
-    flat = [c for group in window.completions for c in group]
-    correct = window.correct.reshape(-1)
-    lengths = np.array([len(c.token_ids) for c in flat], dtype=np.float64)
-    known = ~np.isnan(window.rewards)
-    row: dict[str, Any] = {
-        "step": window.step,
-        "reward": _mean(window.rewards[known]),
-        "reward_std": float(window.rewards[known].std()) if known.any() else None,
-    }
-    for name, part in window.parts.items():
-        row[f"rewards/{name}/mean"] = _mean(part[~np.isnan(part)])
-    groups_right = window.correct.all(axis=1)
-    groups_wrong = ~window.correct.any(axis=1)
-    row |= {
-        "accuracy": _mean(correct.astype(np.float64)),
-        "completion_ratio": sum(c.reached_end for c in flat) / len(flat),
-        "length_mean": _mean(lengths),
-        "length_right": _mean(lengths[correct]),
-        "length_wrong": _mean(lengths[~correct]),
-        "reasoning_rate": sum(bool(c.reasoning) for c in flat) / len(flat),
-        "groups_all_right": int(groups_right.sum()),
-        "groups_all_wrong": int(groups_wrong.sum()),
-        "groups_mixed": int((~groups_right & ~groups_wrong).sum()),
-        "groups_no_signal": int(advantages.flat_groups(window.rewards).sum()),
-        "seconds_generate": window.seconds_generate,
-        "seconds_reward": window.seconds_reward,
-    }
-    return row
-
-
-def rollout_columns(window: Window) -> dict[str, list[Any]]:
-    """The rollouts of one step as columns, one row per completion, groups in order."""
-    prompts, rollouts = window.rewards.shape
-    flat = [c for group in window.completions for c in group]
-    rows = [row for row in window.problems for _ in range(rollouts)]
-    return {
-        "step": [window.step] * len(flat),
-        "group": [g for g in range(prompts) for _ in range(rollouts)],
-        "sample": [s for _ in range(prompts) for s in range(rollouts)],
-        "problem_id": [row["problem_id"] for row in rows],
-        "text": [c.text for c in flat],
-        "reasoning": [bool(c.reasoning) for c in flat],
-        "answer": [c.answer or "" for c in flat],
-        "gold": [str(row["answer"]) for row in rows],
-        "correct": window.correct.reshape(-1).tolist(),
-        "stop": [c.stop for c in flat],
-        "n_tokens": [len(c.token_ids) for c in flat],
-        "reward": window.rewards.reshape(-1).tolist(),
-        **{f"reward_{k}": part.reshape(-1).tolist() for k, part in window.parts.items()},
-        "advantage": window.advantages.reshape(-1).tolist(),
-    }
 
 
 def _training_problems(config: RunConfig) -> list[Row]:
@@ -265,7 +208,3 @@ def _check_pool(config: RunConfig, rows: Sequence[Row]) -> None:
             f"{len(rows) - len(ids)} training problems repeat a problem_id; equal ids would draw "
             "equal samples. Remove the duplicates."
         )
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if values.size else None

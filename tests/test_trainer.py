@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import copy
-import gc
-import inspect
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +12,21 @@ import pandas as pd
 import pytest
 import torch
 import trl.trainer.utils as trl_utils
-from tiny import save_tiny_model, tiny_config
-from transformers import set_seed
+from tiny import coin, even_tokens, run_steps, tiny_config
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from rlkit import advantages, models, rewards, runs, tasks, templates, trainer
+from rlkit import advantages, models, runs, tasks, templates, trainer
 from rlkit.compat import completion_only_head
-from rlkit.completion import Completion
-from rlkit.config import ConfigError, RunConfig
-from rlkit.grpo import RolloutTrainer, Window
+from rlkit.config import ConfigError
+from rlkit.grpo import RolloutTrainer
 from rlkit.models import ModelError
 from rlkit.preflight import PreflightError
+from rlkit.rollouts import step_metrics
 from rlkit.runs import RunError
 from rlkit.session import TrainingError
 from rlkit.trainer import train_rl
 
-CLOCKS = ["seconds_generate", "seconds_reward", "seconds_train", "seconds_step"]
+CLOCKS = ["seconds_generate", "seconds_reward", "seconds_score", "seconds_train", "seconds_step"]
 
 
 @pytest.fixture(autouse=True)
@@ -39,54 +36,6 @@ def runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _small_heap() -> Iterator[None]:
-    """Trainer collects garbage at each start; objects of earlier imports need not be walked."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-def run_steps(
-    config: RunConfig,
-    reward_fns: Sequence[tuple[str, rewards.RewardFn, float]],
-    folder: Path,
-    *,
-    untrained: bool = False,
-) -> tuple[list[Window], list[dict[str, float]], RolloutTrainer]:
-    """Train with given rewards, without a run folder around it."""
-    set_seed(config.seed)
-    policy, tokenizer = models.load_policy(config.model)
-    problems = tasks.load_problems("chain", "train", config.task.train_problems)
-    windows, numbers = [], []
-
-    def on_step(window: Window, row: dict[str, float]) -> bool:
-        windows.append(window)
-        numbers.append(row)
-        return False
-
-    made = RolloutTrainer(config, policy, tokenizer, problems, reward_fns, on_step, folder)
-    if not untrained:
-        made.run()
-    return windows, numbers, made
-
-
-def coin(*args: Any, **info: Any) -> list[float | None]:
-    return rewards.random_reward(*args, **info)
-
-
-def even_tokens(
-    completions: Sequence[Completion], problems: Sequence[Mapping[str, Any]], /, **info: Any
-) -> list[float | None]:
-    """Share of even token ids: something a policy can learn at once."""
-    return [sum(t % 2 == 0 for t in c.token_ids) / len(c.token_ids) for c in completions]
-
-
 def test_a_run_fills_its_folder(model: Path) -> None:
     path = train_rl(tiny_config(model, steps=2))
     status = runs.read_status(path)
@@ -94,10 +43,13 @@ def test_a_run_fills_its_folder(model: Path) -> None:
     assert any("pays what it should not" in w for w in status.warnings)  # recorded
     metrics = runs.read_metrics(path)
     assert metrics["step"].tolist() == [1, 2]
-    for key in ("loss", "grad_norm", "learning_rate", "reward", "reward_std", "accuracy", "kl",
-                "rewards/random/mean", "completion_ratio", "length_mean", "length_wrong",
-                "reasoning_rate", "entropy", "beta", "clip_ratio", *CLOCKS):  # fmt: skip
+    for key in ("loss", "grad_norm", "learning_rate", "reward", "reward_std", "accuracy",
+                "rows_trained", "logp_difference", "groups_extra", "rewards/random/mean",
+                "completion_ratio", "length_mean", "length_wrong", "reasoning_rate",
+                "entropy", "beta", "clip_ratio", *CLOCKS):  # fmt: skip
         assert metrics[key].notna().all(), key
+    assert metrics["kl"].isna().all()  # not measured without a reference
+    assert (metrics["logp_difference"] < 1e-5).all()
     assert metrics["completions"].tolist() == [16, 32]
     assert (
         metrics[["groups_all_right", "groups_all_wrong", "groups_mixed"]].sum(axis=1) == 4
@@ -261,13 +213,14 @@ def test_rows_without_reward_are_left_out(model: Path, tmp_path: Path) -> None:
     )
     assert np.isnan(windows[0].rewards[:, 0]).all()
     assert (windows[0].advantages[:, 0] == 0).all()
-    assert trainer.step_metrics(windows[0])["reward"] == pytest.approx(2 / 3)
+    assert step_metrics(windows[0])["reward"] == pytest.approx(2 / 3)
     assert math.isfinite(numbers[0]["loss"])
 
 
 def test_completion_only_head_changes_no_value(model: Path, tmp_path: Path) -> None:
     config = tiny_config(model)
     _, _, made = run_steps(config, [("coin", coin, 1.0)], tmp_path, untrained=True)
+    made._packed = False
     ids = torch.randint(5, 100, (3, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -289,6 +242,7 @@ def test_completion_only_head_changes_no_value(model: Path, tmp_path: Path) -> N
 def test_scoring_rollouts_in_windows_changes_no_value(model: Path, tmp_path: Path) -> None:
     config = tiny_config(model)
     _, _, made = run_steps(config, [("coin", coin, 1.0)], tmp_path, untrained=True)
+    made._packed = False
     ids = torch.randint(5, 100, (6, 20), generator=torch.Generator().manual_seed(0))
     prompt, completion = torch.tensor([3, 5, 8, 2, 12, 1]), torch.tensor([1, 8, 2, 3, 7, 5])
     columns = torch.arange(20)
@@ -320,7 +274,7 @@ def test_stop_command_ends_the_run_with_its_weights(
     assert len(runs.read_metrics(path)) == 2
 
 
-def test_ctrl_c_leaves_a_readable_folder_and_a_second_run_starts_clean(
+def test_ctrl_c_leaves_a_readable_folder_and_a_second_call_goes_on_cleanly(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(model, steps=3, micro_batch_size=4)
@@ -342,7 +296,7 @@ def test_ctrl_c_leaves_a_readable_folder_and_a_second_run_starts_clean(
     status = runs.read_status(config.name)
     assert (status.state, status.step) == ("interrupted", 1)
     assert set(runs.read_rollouts(config.name)["step"]) == {1}
-    again = runs.read_rollouts(train_rl(config, fresh="unfinished"))
+    again = runs.read_rollouts(train_rl(config))
     pd.testing.assert_frame_equal(again, whole)
 
 
@@ -389,27 +343,6 @@ def test_a_run_starts_from_the_result_of_another(model: Path, tmp_path: Path) ->
     train_rl(tiny_config(model, steps=2, name="first"), fresh=True)
     with pytest.raises(RunError, match="other weights"):  # not what it was trained from any more
         train_rl(second)
-
-
-def test_trl_still_has_the_names_this_package_overrides() -> None:
-    """If this fails, TRL moved: compare the method with rlkit/grpo.py before raising the pin."""
-    expected = {
-        "get_train_dataloader": ["self"],
-        "_prepare_inputs": ["self", "generation_batch"],
-        "_generate": ["self", "prompts"],
-        "_generate_and_score_completions": ["self", "inputs"],
-        "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
-        "log": ["self", "logs", "start_time"],
-        "_get_per_token_logps_and_entropies": [
-            "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size",
-            "compute_entropy", "compute_aux_loss",
-        ],
-    }  # fmt: skip
-    for name, arguments in expected.items():
-        found = list(inspect.signature(getattr(GRPOTrainer, name)).parameters)
-        assert found[: len(arguments)] == arguments, f"GRPOTrainer.{name} now takes {found}"
-    assert "_use_triton" in inspect.getsource(trl_utils.add_fused_lm_head)
-    assert "generate_every" in inspect.getsource(GRPOTrainer._generate_and_score_completions)
 
 
 def test_env_json_names_nothing_of_the_user(model: Path) -> None:
