@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,18 +26,27 @@ import pyarrow.parquet as pq
 from rlkit import runs
 from rlkit.config import RunConfig, flat
 from rlkit.paths import runs_dir
-from rlkit.runs import RunError, State, Status, write_atomic
+from rlkit.rewind import rewind
+from rlkit.runs import RunError, State, Status, write_atomic, write_parquet
 
 HEARTBEAT_SECONDS = 5.0
+EXACT = ("packages", "machine", "cpu", "torch_threads", "gpus", "git_commit")
+"""Parts of env.json that must stay equal for a resumed run to be bit-identical."""
 MERGE_EVERY = 100
 """Steps after which rollout parts are merged into one file."""
 
 
 class Recorder:
-    """The one writer of a run folder. Made by ``open_run``; use ``close`` or ``with``."""
+    """The one writer of a run folder. Made by ``open_run``; use ``close`` or ``with``.
 
-    def __init__(self, path: Path, lock: int, status: Status) -> None:
+    Attributes:
+        path: the run folder.
+        resume: the resume point to go on from; None for a run that starts.
+    """
+
+    def __init__(self, path: Path, lock: int, status: Status, resume: Path | None = None) -> None:
         self.path = path
+        self.resume = resume
         self._lock = lock
         self._status = status
         self._mutex = threading.RLock()
@@ -79,35 +88,36 @@ class Recorder:
     def rollouts(self, step: int, columns: Mapping[str, Sequence[Any]]) -> None:
         """Write the completions of one step, and merge parts every ``MERGE_EVERY`` steps."""
         base = self.path / "rollouts"
-        _write_parquet(base / f"step-{step:06d}.parquet", pa.table(dict(columns)))
+        write_parquet(base / f"step-{step:06d}.parquet", pa.table(dict(columns)))
         if step % MERGE_EVERY == 0:
             parts = [p for p in runs.rollout_parts(base) if step - MERGE_EVERY < p[0] == p[1]]
             if parts:
                 table = pa.concat_tables(
                     [pq.read_table(p[2]) for p in parts], promote_options="default"
                 )
-                _write_parquet(base / f"steps-{parts[0][0]:06d}-{step:06d}.parquet", table)
+                write_parquet(base / f"steps-{parts[0][0]:06d}-{step:06d}.parquet", table)
                 for _, _, path in parts:
                     path.unlink()
 
     @contextlib.contextmanager
     def checkpoint(self, step: int) -> Iterator[Path]:
         """A folder to write into; it becomes checkpoints/step-NNNNNN once complete."""
-        base = self.path / "checkpoints"
-        final, aside = base / f"step-{step:06d}", base / f".step-{step:06d}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        try:
+        with _folder(self.path / "checkpoints", step) as aside:
             yield aside
-            for path in (*aside.rglob("*"), aside):
-                _sync(path)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        _sync(base)
-        self.update(checkpoint=final.name)
+        self.update(checkpoint=f"step-{step:06d}")
+
+    @contextlib.contextmanager
+    def resume_point(self, step: int) -> Iterator[Path]:
+        """A folder to write into; once complete it replaces the resume points before it.
+
+        Metrics reach the disk first: going on from ``step`` needs its rows.
+        """
+        with _folder(self.path / "resume", step) as aside:
+            yield aside
+            os.fsync(self._metrics.fileno())
+        for old in (self.path / "resume").glob("step-*"):
+            if old.name < f"step-{step:06d}":
+                shutil.rmtree(old)
 
     def command(self) -> tuple[str, int]:
         """(command, id) of control.json; ("run", 0) if there is none or it cannot be read."""
@@ -124,6 +134,8 @@ class Recorder:
         self._stop.set()
         try:
             self.update(state=state, error=error)
+            if state == "done":
+                shutil.rmtree(self.path / "resume", ignore_errors=True)
         except OSError:
             # A full disk must not hide the error that ended the run; without a holder of the lock
             # and a heartbeat, readers see the run as dead.
@@ -160,9 +172,12 @@ def open_run(
     kind: str = "rl",
     max_steps: int,
     data: str = "",
-    fresh: bool | Literal["unfinished"] = False,
+    fresh: bool = False,
 ) -> Recorder | Path:
-    """Start writing runs/<name>/, or return the folder of the same run if it is already done.
+    """Start or continue writing runs/<name>/, or return the folder if that run is already done.
+
+    An unfinished run of the same configuration (crash, kill, Ctrl-C, stop) is taken back to its
+    newest resume point, to be continued from ``Recorder.resume``; without one it starts again.
 
     Args:
         config: the run; its name is the folder's.
@@ -170,23 +185,26 @@ def open_run(
         kind: ``rl`` or ``sft``.
         max_steps: planned steps.
         data: hash of what the configuration only names or does not hold: weights, documents.
-        fresh: what to do with an existing folder. False: reuse a finished run of the same
-            configuration, refuse anything else. ``"unfinished"``: also start again after a crash
-            or an interrupt of the same configuration. True: always start again. An old folder is
-            never overwritten or deleted but moved to ``<name>.old-<n>``. A folder whose run never
-            finished a step (its configuration was refused, say) is moved aside without asking.
+        fresh: start again whatever exists.
+
+    A run that is not continued is never overwritten or deleted: its folder is moved to
+    ``<name>.old-<n>``.
 
     Raises:
-        RunError: another process writes the folder, or it holds another or an unfinished run.
+        RunError: another process writes the folder, or it holds another run.
     """
     path = runs_dir() / config.name
     path.mkdir(parents=True, exist_ok=True)
     lock = _take_lock(path)
     try:
         if (path / "config.json").exists():
-            if _keep(path, config, kind, data, fresh):
+            status = None if fresh else _same_run(path, config, kind, data)
+            if status is not None and status.state == "done":
                 os.close(lock)
                 return path
+            point = runs.resume_point(path)
+            if status is not None and point is not None:
+                return _continue(path, config, lock, status, env, *point)
             path.rename(_old_name(path))
             os.close(lock)
             path.mkdir(parents=True)
@@ -209,31 +227,57 @@ def open_run(
         raise
 
 
-def _keep(path: Path, config: RunConfig, kind: str, data: str, fresh: object) -> bool:
-    """Whether the existing run answers the request; raises RunError if it must not be replaced."""
-    if fresh is True:
-        return False
+def _same_run(path: Path, config: RunConfig, kind: str, data: str) -> Status | None:
+    """Status of the existing run if it is the one asked for; None if it never finished a step.
+
+    Raises:
+        RunError: it is another run.
+    """
     old, status = runs.read_config(path), runs.read_status(path)
     if status.step == 0 and status.state != "done":
-        return False
-    if (old, status.kind, status.data) != (config, kind, data):
-        before, after = flat(old), flat(config)
-        changed = [f"{k}: {before[k]!r} -> {after[k]!r}" for k in after if before[k] != after[k]]
-        changed += [f"kind: {status.kind} -> {kind}"] if status.kind != kind else []
-        changed += ["other weights, problems or documents"] if status.data != data else []
-        raise RunError(
-            f"run {config.name!r} exists with another configuration ({'; '.join(changed)}). Choose "
-            "another name, or pass fresh=True to move the old run aside."
-        )
-    if status.state == "done":
-        return True
-    if fresh == "unfinished":
-        return False
+        return None
+    if (old, status.kind, status.data) == (config, kind, data):
+        return status
+    before, after = flat(old), flat(config)
+    changed = [f"{k}: {before[k]!r} -> {after[k]!r}" for k in after if before[k] != after[k]]
+    changed += [f"kind: {status.kind} -> {kind}"] if status.kind != kind else []
+    changed += ["other weights, problems or documents"] if status.data != data else []
     raise RunError(
-        f"run {config.name!r} exists and stopped at step {status.step} of {status.max_steps} "
-        f"(state {status.state!r}{': ' + status.error if status.error else ''}). Pass "
-        "fresh='unfinished' to start it again; the old folder is moved aside."
+        f"run {config.name!r} exists with another configuration ({'; '.join(changed)}). Choose "
+        "another name, or pass fresh=True to move the old run aside."
     )
+
+
+def _continue(
+    path: Path,
+    config: RunConfig,
+    lock: int,
+    status: Status,
+    env: Mapping[str, Any],
+    step: int,
+    folder: Path,
+) -> Recorder:
+    """Take an unfinished run back to its resume point and write on from there."""
+    control = path / "control.json"
+    if control.exists():  # the command that stopped it is done with
+        write_atomic(control, json.dumps({**json.loads(control.read_text()), "command": "run"}))
+    before = json.loads((path / "env.json").read_text())
+    checkpoint = rewind(path, step, config.train.save_every)
+    status = replace(
+        status,
+        state="running", step=step, checkpoint=checkpoint, error="", pid=os.getpid(),
+        host=platform.node(), resumed=(*status.resumed, step),
+    )  # fmt: skip
+    recorder = Recorder(path, lock, status, resume=folder)
+    recorder.update()
+    changed = [key for key in EXACT if before.get(key) != env.get(key)]
+    if changed:
+        recorder.environment({**env, "before_resume": before})
+        recorder.warn(
+            f"resumed after step {step} with other {', '.join(changed)}: from here on the numbers "
+            "can differ from an uninterrupted run. Both environments are in env.json."
+        )
+    return recorder
 
 
 def _take_lock(path: Path) -> int:
@@ -264,14 +308,22 @@ def _status_json(status: Status) -> dict[str, Any]:
     return data
 
 
-def _write_parquet(path: Path, table: pa.Table) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
+@contextlib.contextmanager
+def _folder(base: Path, step: int) -> Iterator[Path]:
+    """base/step-NNNNNN: complete and on disk, or absent."""
+    final, aside = base / f"step-{step:06d}", base / f".step-{step:06d}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
     try:
-        pq.write_table(table, aside, compression="zstd")
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
+        yield aside
+        for path in (*aside.rglob("*"), aside):
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
         raise
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    _sync(base)
 
 
 def _sync(path: Path) -> None:

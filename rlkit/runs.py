@@ -10,6 +10,7 @@
                 rollouts/            step-000001.parquet; merged to steps-000001-000100.parquet
                 eval/                evaluation rows and summaries
                 checkpoints/         step-000100/, complete or absent
+                resume/              step-000120/, the newest resume point of an unfinished run
 
 ``rlkit.recorder`` writes them.
 """
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from rlkit.config import RunConfig
 from rlkit.paths import runs_dir
@@ -37,6 +40,7 @@ UNFINISHED = ("queued", "running", "paused")
 DEAD_AFTER = 30.0
 """Seconds without a heartbeat after which an unfinished run may be called dead."""
 _PART = re.compile(r"step-(\d{6})\.parquet")
+_STEP = re.compile(r"step-(\d{6})")
 _MERGED = re.compile(r"steps-(\d{6})-(\d{6})\.parquet")
 
 
@@ -55,6 +59,7 @@ class Status:
         data: hash of what the configuration only names or does not hold: weights, documents.
         warnings: messages of the pre-flight check and the watchdog.
         checkpoint: name of the newest complete checkpoint; at the end, the final weights.
+        resumed: steps after which the run was taken up again by another process.
         dead: set by the reader: unfinished, silent for 30 s and no process holds the lock.
     """
 
@@ -71,6 +76,7 @@ class Status:
     data: str = ""
     warnings: tuple[str, ...] = ()
     checkpoint: str = ""
+    resumed: tuple[int, ...] = ()
     dead: bool = field(default=False, compare=False)
 
 
@@ -103,11 +109,13 @@ def read_status(run: str | Path, *, now: float | None = None) -> Status:
         raise RunError(f"no run {str(run)!r} (no status.json)") from None
     known = {f.name for f in fields(Status)} - {"dead"}
     data = {key: value for key, value in data.items() if key in known}
-    status = Status(**{**data, "warnings": tuple(data.get("warnings", ()))})
+    for name in ("warnings", "resumed"):
+        data[name] = tuple(data.get(name, ()))
+    status = Status(**data)
     silent = (time.time() if now is None else now) - status.heartbeat > DEAD_AFTER
     elsewhere = status.host != platform.node()  # its lock cannot be trusted from here
     dead = status.state in UNFINISHED and silent and (elsewhere or not is_locked(path))
-    return Status(**{**data, "warnings": status.warnings, "dead": dead})
+    return Status(**{**data, "dead": dead})
 
 
 def is_locked(path: Path) -> bool:
@@ -127,6 +135,11 @@ def is_locked(path: Path) -> bool:
 
 def read_metrics(run: str | Path) -> pd.DataFrame:
     """One row per step. A last line cut off by a crash or still being written is left out."""
+    return pd.DataFrame(read_metrics_rows(run))
+
+
+def read_metrics_rows(run: str | Path) -> list[dict[str, Any]]:
+    """The rows of ``read_metrics`` as they were written; None where a number was not finite."""
     path = folder(run) / "metrics.jsonl"
     rows: list[dict[str, Any]] = []
     if path.exists():
@@ -135,7 +148,7 @@ def read_metrics(run: str | Path) -> pd.DataFrame:
                 rows.append(json.loads(line))
             except ValueError:
                 continue  # empty or torn
-    return pd.DataFrame(rows)
+    return rows
 
 
 def read_rollouts(run: str | Path, steps: range | None = None) -> pd.DataFrame:
@@ -193,6 +206,16 @@ def final_checkpoint(run: str | Path) -> Path:
     return path
 
 
+def resume_point(run: str | Path) -> tuple[int, Path] | None:
+    """(step, folder) of the newest complete resume point; None if there is none."""
+    found = [
+        (int(match[1]), path)
+        for path in (folder(run) / "resume").glob("step-*")
+        if (match := _STEP.fullmatch(path.name))
+    ]
+    return max(found, default=None)
+
+
 def send(run: str | Path, command: Command) -> int:
     """Ask a running process to pause, go on or stop at the end of its step.
 
@@ -220,6 +243,17 @@ def write_atomic(path: Path, text: str, *, sync: bool = False) -> None:
             handle.flush()
             if sync:
                 os.fsync(handle.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Replace a file by ``table``, as ``write_atomic`` does for text."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        pq.write_table(table, aside, compression="zstd")
         aside.replace(path)
     except OSError:
         aside.unlink(missing_ok=True)

@@ -93,7 +93,7 @@ def test_fresh_moves_the_old_folder_aside(runs_folder: Path) -> None:
     assert runs.list_runs() == [run.path]
 
 
-def test_a_failed_run_keeps_its_error_and_is_not_overwritten() -> None:
+def test_a_failed_run_keeps_its_error_and_is_not_overwritten(runs_folder: Path) -> None:
     def failing() -> None:
         with start() as run:
             run.update(step=1)
@@ -103,11 +103,96 @@ def test_a_failed_run_keeps_its_error_and_is_not_overwritten() -> None:
         failing()
     status = runs.read_status("demo-s0")
     assert (status.state, status.error) == ("failed", "ZeroDivisionError: by zero")
-    with pytest.raises(RunError, match=r"stopped at step 1 of 3 .*fresh='unfinished'"):
-        start()
-    with start(fresh="unfinished"):
+    with start():  # without a resume point it starts again
         assert runs.read_status("demo-s0").step == 0
-    assert isinstance(open_run(config(), {}, max_steps=3, fresh="unfinished"), Path)
+    assert runs.read_status(runs_folder / "demo-s0.old-1").state == "failed"
+    assert isinstance(open_run(config(), {}, max_steps=3), Path)
+
+
+SAVING = config(save_every=2)
+
+
+def unfinished(steps: int, resume_at: int) -> Path:
+    """A run that broke off after ``steps`` steps, with a resume point at one of them."""
+
+    def broken() -> None:
+        with start(SAVING) as run:
+            for step in range(1, steps + 1):
+                run.metrics({"step": step, "loss": 0.1 * step})
+                run.rollouts(step, {"step": [step] * 2, "text": [f"<{step}>"] * 2})
+                (run.path / "eval" / f"validation-{step:06d}.json").write_text("{}")
+                run.update(step=step)
+                if step % 2 == 0:
+                    with run.checkpoint(step) as folder:
+                        (folder / "weights").write_text(str(step))
+                if step <= resume_at:
+                    with run.resume_point(step) as folder:
+                        (folder / "state").write_text(str(step))
+            (run.path / "resume" / f".step-{steps:06d}.tmp").mkdir()
+            (run.path / "rollouts" / ".step-000099.parquet.tmp").touch()
+            with (run.path / "metrics.jsonl").open("a") as handle:
+                handle.write('{"step": 99, "lo')
+            run.warn("careful")
+            run.close("failed", "gone")
+
+    broken()
+    return runs.runs_dir() / "demo-s0"
+
+
+def test_an_unfinished_run_goes_on_from_its_resume_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlkit.recorder.MERGE_EVERY", 4)
+    path = unfinished(steps=5, resume_at=3)
+    assert runs.resume_point(path) == (3, path / "resume" / "step-000003")
+    assert [p.name for p in (path / "resume").glob("step-*")] == ["step-000003"]
+    merged = [p.name for p in (path / "rollouts").glob("steps-*")]
+    assert merged == ["steps-000001-000004.parquet"]  # reaches beyond the resume point
+    with start(SAVING) as run:
+        assert isinstance(run, Recorder)
+        assert run.resume == path / "resume" / "step-000003"
+        status = runs.read_status("demo-s0")
+        assert (status.state, status.step, status.resumed) == ("running", 3, (3,))
+        assert (status.checkpoint, status.warnings, status.error) == (
+            "step-000002", ("careful",), "",
+        )  # fmt: skip
+        assert runs.read_metrics("demo-s0")["step"].tolist() == [1, 2, 3]
+        assert runs.read_rollouts("demo-s0")["text"].tolist() == [
+            "<1>", "<1>", "<2>", "<2>", "<3>", "<3>",
+        ]  # fmt: skip
+        assert sorted(p.name for p in (path / "eval").iterdir()) == [
+            f"validation-{step:06d}.json" for step in (1, 2, 3)
+        ]
+        assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["step-000002"]
+        run.rollouts(4, {"step": [4], "text": ["again"]})
+        assert [p.name for p in (path / "rollouts").iterdir()] == merged
+        assert runs.read_rollouts("demo-s0")["text"].iloc[-1] == "again"
+    assert not list(path.rglob("*.tmp"))
+    assert not (path / "resume").exists()  # done: nothing to go on from
+
+
+def test_fresh_and_another_configuration_do_not_touch_a_resume_point() -> None:
+    path = unfinished(steps=3, resume_at=2)
+    with pytest.raises(RunError, match="steps: 3 -> 5"):
+        start(config(steps=5))
+    assert len(runs.read_metrics(path)) == 3
+    with start(SAVING, fresh=True) as run:
+        assert run.resume is None
+    assert runs.resume_point(path.with_name("demo-s0.old-1")) is not None
+
+
+def test_a_resumed_run_does_not_obey_the_stop_that_ended_it() -> None:
+    path = unfinished(steps=3, resume_at=2)
+    (path / "control.json").write_text('{"command": "stop", "id": 4}')
+    with start(SAVING) as run:
+        assert run.command() == ("run", 4)
+        assert runs.send("demo-s0", "pause") == 5
+
+
+def test_going_on_with_other_versions_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    unfinished(steps=3, resume_at=2)
+    with open_run(SAVING, {"seed": 0, "torch_threads": 64}, max_steps=3) as run:
+        assert "other torch_threads" in run.status.warnings[-1]
+        env = json.loads((run.path / "env.json").read_text())
+    assert env == {"seed": 0, "torch_threads": 64, "before_resume": {"seed": 0}}
 
 
 def test_a_run_that_never_made_a_step_does_not_block_its_name(runs_folder: Path) -> None:
@@ -247,7 +332,7 @@ def test_kill_9_leaves_a_readable_folder(runs_folder: Path) -> None:
     assert status.state == "running"
     assert not status.dead  # it may only be slow
     assert runs.read_status(run, now=status.heartbeat + 31).dead
-    with start(fresh="unfinished"):  # at once: the lock went with the process
+    with start():  # at once: the lock went with the process
         pass
 
 
