@@ -1,0 +1,331 @@
+"""The benchmarks' own arithmetic, and that both sides of a comparison do the same work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_config
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+
+from rlkit import advantages, models, paths, rewards, tasks, templates
+
+sys.path.insert(0, str(paths.root() / "benchmarks"))
+
+import _cases
+import _script
+import floor
+import step
+from _clock import PHASES, Clock, Step
+from _gradients import gradient_gap
+from _stock import SIDES, Setup, Stock, run
+from _work import (
+    Shape,
+    Work,
+    completion_work,
+    decode_passes,
+    padded_work,
+    prompt_work,
+    rollout_work,
+    trained_rows,
+)
+
+STOCK = Stock(micro_batch=4, bf16=False)
+OPTIONS = [
+    "--prompts", "2", "--rollouts", "4", "--budget", "12", "--reward", "coin",
+    "--stock", "4:float32", "--steps", "1", "--repeats", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def setup(model: Path) -> Setup:
+    config = tiny_config(model, steps=2, micro_batch_size=8)
+    problems = tasks.load_problems("chain", "train", 12)
+    make = partial(models.load_policy, config.model)
+    return Setup(config, problems, make, [("coin", rewards.random_reward, 1.0)])
+
+
+@pytest.fixture
+def grouped() -> Qwen2ForCausalLM:
+    """A model with grouped-query attention, whose attention is plain matrix products."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    return Qwen2ForCausalLM(config)
+
+
+def rotary(model: Qwen2ForCausalLM, positions: int) -> int:
+    """What transformers multiplies to get the angles, once per pass and never backwards."""
+    return 2 * len(model.model.rotary_emb.inv_freq) * positions
+
+
+def test_operations_of_a_pass_are_those_that_torch_counts(grouped: Qwen2ForCausalLM) -> None:
+    rows, length = 3, 7
+    ids = torch.randint(50, (rows, length))
+    forward = Work(rows * length, rows * length**2, rows * length).operations(
+        Shape.of(grouped.config)
+    )
+    with floor.counter() as counted:
+        logits = grouped(ids).logits
+    assert counted.get_total_flops() == forward + rotary(grouped, length)
+    with floor.counter() as counted:
+        logits.sum().backward()
+    assert counted.get_total_flops() == 2 * forward
+
+
+def test_operations_of_decoding_are_those_that_torch_counts(grouped: Qwen2ForCausalLM) -> None:
+    prompt, length = 5, 4
+    ids = torch.randint(50, (1, prompt + length - 1))
+    cache = DynamicCache(config=grouped.config)
+    with torch.no_grad(), floor.counter() as counted:
+        grouped(ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
+        for at in range(prompt, ids.shape[1]):
+            grouped(ids[:, at : at + 1], past_key_values=cache)
+    shape = Shape.of(grouped.config)
+    # Reading the prompt, transformers multiplies what the causal mask then hides as well.
+    hidden = Work(pairs=prompt**2 - prompt * (prompt + 1) // 2).operations(shape)
+    work = rollout_work([prompt], [length], 1).operations(shape)
+    assert counted.get_total_flops() == work + hidden + rotary(grouped, ids.shape[1])
+
+
+def test_fused_attention_is_counted_in_both_directions() -> None:
+    q, k = (torch.randn(2, 3, n, 4, requires_grad=True) for n in (5, 6))
+    with floor.counter() as counted:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, k)
+    assert counted.get_total_flops() == 2 * 2 * (2 * 3 * 5 * 6 * 4)
+    with floor.counter() as counted:
+        out.sum().backward()
+    assert counted.get_total_flops() == 5 * 2 * (2 * 3 * 5 * 6 * 4)  # scores once more
+
+
+def test_work_of_rollouts_by_hand() -> None:
+    assert prompt_work(3) == Work(3, 6, 1)
+    assert completion_work(3, 1) == Work(0, 0, 0)
+    assert completion_work(3, 3) == Work(2, (3 + 1) + (3 + 2), 2)
+    prompts, completions = [3, 3, 2, 2], [3, 1, 2, 2]
+    shared = rollout_work(prompts, completions, 2)
+    assert shared == Work(3 + 2 + 2 + 1 + 1, 6 + 3 + 9 + 3 + 3, 2 + 2 + 1 + 1)
+    alone = rollout_work(prompts, completions, 1)
+    assert alone == shared + prompt_work(3) + prompt_work(2)
+    assert padded_work(prompts, completions, True) == Work(4 * 6, 4 * 36, 4 * 5)
+    assert padded_work(prompts, completions, False) == Work(4 * 6, 4 * 36, 3 + 1 + 2 + 2)
+    passes = list(decode_passes(prompts, completions))
+    assert passes == [(3, (3 + 2 + 2) + 3), (1, 3 + 2)]
+    decoded = rollout_work(prompts, completions, 2)
+    read = prompt_work(3) + prompt_work(2)
+    assert sum(rows for rows, _ in passes) == decoded.tokens - read.tokens
+    assert sum(pairs for _, pairs in passes) == decoded.pairs - read.pairs
+
+
+def test_rows_of_groups_with_equal_rewards_need_no_training() -> None:
+    assert trained_rows([1, 1, 0, 1, 0, 0], 2) == [False, False, True, True, False, False]
+    done = Step(prompts=[3, 3, 2, 2], completions=[3, 1, 2, 2], rewards=[1, 1, 0, 1])
+    assert floor.training_work(done, 2) == rollout_work([2, 2], [2, 2], 2)
+
+
+@pytest.mark.parametrize(("name", "size"), [("0.5b", 494_032_768), ("1.5b", 1_543_714_304)])
+def test_shapes_are_those_of_the_published_models(name: str, size: int, model: Path) -> None:
+    _, tokenizer = models.load_policy(tiny_config(model).model)
+    with torch.device("meta"):
+        made, _ = _cases.random_model(_cases.SHAPES[name], tokenizer)
+    assert sum(p.numel() for p in made.parameters()) == size
+
+
+def test_long_problems_have_prompts_as_long_as_asked(model: Path) -> None:
+    _, tokenizer = models.load_policy(tiny_config(model).model)
+    rows = _cases.long_problems("chain", 6, tokenizer, 60)
+    prompts = templates.encode(rows, tokenizer)
+    assert all(60 <= len(prompt) < 120 for prompt in prompts)
+    assert len(set(map(tuple, prompts))) == 6
+
+
+def fixed(reading: list[float]) -> Callable[[], float]:
+    return partial(next, iter(reading))
+
+
+def test_nested_phases_count_once() -> None:
+    clock = Clock(lambda number: False, read=fixed([0, 1, 3, 7, 15, 31, 99]))
+    backward = clock._wrap(lambda: None, "backward")
+    forward = clock._wrap(backward, "forward")
+    clock.on_train_begin()
+    forward()
+    clock.on_step_end(None, type("State", (), {"global_step": 1}), None)
+    (done,) = clock.steps
+    assert done.seconds == {
+        "generation": 0, "reward": 0, "forward": 2 + 8, "backward": 4, "other": 1 + 16,
+    }  # fmt: skip
+    assert done.total == 31
+
+
+def timed(seconds: float, tokens: int) -> Step:
+    """A step whose phases take equally long."""
+    return Step(dict.fromkeys(PHASES, seconds / len(PHASES)), completions=[tokens])
+
+
+def test_ratios_are_of_neighbours() -> None:
+    blocks: list[step.Block] = [
+        {"ours": [timed(1, 10), timed(1, 10)], "stock": [timed(4, 10), timed(2, 20)]},
+        {"ours": [timed(2, 10), timed(2, 10)], "stock": [timed(8, 20), timed(8, 20)]},
+        {"ours": [timed(1, 10), timed(3, 10)], "stock": [timed(1, 10), timed(1, 10)]},
+    ]
+    for phase in ("step", "generation"):
+        found = step.ratio(blocks, phase)
+        assert (found.median, found.low, found.high) == pytest.approx((3, 0.5, 4))
+    assert step.tokens_per_second(blocks[0], "stock", "step") == pytest.approx(30 / 6)
+    rows = {name: rest for name, *rest in step.phase_rows(blocks)}
+    assert rows["step, s"] == ["1.500", "3.000", "3.00 (0.50 to 4.00)"]
+    # Tokens per second of each repeat: ours 10, 5, 5; stock 5, 2.5, 10.
+    assert rows["tokens/s of step"] == ["5.0", "5.0", "2.00 (0.50 to 2.00)"]
+
+
+def test_an_accuracy_counts_when_the_next_evaluation_holds_it() -> None:
+    curve = [(5, 0.96), (10, 0.94), (15, 0.95), (20, 0.97), (25, 0.99)]
+    assert step.first_of_two(curve, 0.95) == 15
+    assert step.first_of_two(curve[:3], 0.95) is None
+    reached, never = step.Learned(12.0, 15, ()), step.Learned(None, None, ((20, 0.5),))
+    rows = step.learn_rows({
+        0: {"ours": reached, "stock": step.Learned(60.0, 20, ())},
+        1: {"ours": reached, "stock": never},
+    })  # fmt: skip
+    assert rows[0] == ("0", "12.0 (15 steps)", "60.0 (20 steps)", "5.00", "1.33", "3.75")
+    assert rows[1] == ("1", "12.0 (15 steps)", "not in 20 steps", "", "", "")
+    assert rows[2][:4] == ("median", "", "", "5.00 (5.00 to 5.00)")
+    assert rows[2][5] == "3.75 (3.75 to 3.75)"
+
+
+def test_both_sides_have_the_same_gradient(setup: Setup, tmp_path: Path) -> None:
+    gap = gradient_gap(setup, STOCK, tmp_path)
+    assert 0 < gap.whole < step.EXACT  # 0 would mean that a side was compared with itself
+    assert gap.worst < 1e-4
+
+
+def test_a_scaled_advantage_is_noticed(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    centred = advantages.METHODS["group_mean"]
+    monkeypatch.setitem(advantages.METHODS, "group_mean", lambda r: 1.001 * centred(r))
+    with pytest.raises(SystemExit, match="different gradients"):
+        step.check_gradients(setup, STOCK, tmp_path)
+
+
+def test_other_rewards_are_noticed(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = rewards.score
+    calls = []
+
+    def drifting(*args: object, **info: object) -> object:
+        calls.append(1)
+        values, parts = score(*args, **info)
+        return [v + len(calls) for v in values], parts
+
+    monkeypatch.setattr(rewards, "score", drifting)
+    with pytest.raises(RuntimeError, match="different rewards"):
+        gradient_gap(setup, STOCK, tmp_path)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_rollouts_follow_the_script(
+    side: str, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = setup.config.train.batch_size
+    script = partial(_script.skewed_lengths, rows=rows, mean=6.0, longest=12)
+    scripted = Setup(setup.config, setup.problems, setup.make, setup.reward_fns, script)
+    steps = run(side, scripted, STOCK, tmp_path)
+    assert [s.completions for s in steps] == [script(0, 1).tolist(), script(0, 2).tolist()]
+    assert script(0, 1).min() >= 2 and script(0, 1).max() <= 12 and np.std(script(0, 1)) > 0
+    monkeypatch.setattr(_script, "_force", lambda logits, over, end: logits)
+    with pytest.raises(RuntimeError, match="not the scripted ones"):
+        run(side, scripted, STOCK, tmp_path)
+
+
+def test_a_step_of_both_sides_is_measured(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = step.main(["--model", str(model), *OPTIONS, "--steps", "2", "--markdown"])
+    (block,) = found["blocks"]
+    for side in SIDES:
+        assert len(block[side]) == 2
+        for done in block[side]:
+            assert set(done.seconds) == set(PHASES)
+            assert min(done.seconds.values()) > 0
+            assert len(done.prompts) == len(done.completions) == len(done.rewards) == 8
+            assert all(1 <= length <= 12 for length in done.completions)
+    for ours, stock in zip(block["ours"], block["stock"], strict=True):
+        assert ours.prompts == stock.prompts  # the same problems, in the same order
+        assert ours.rewards == stock.rewards  # the coin knows step, row and problem
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.split("|") for line in lines if line.startswith("|")]
+    assert len(table) == 2 + len(PHASES) + 3
+    assert all(len(cells) == 6 for cells in table)
+
+
+def test_time_to_an_accuracy_ends_with_the_second_evaluation(model: Path) -> None:
+    options = ["--learn", "--goal", "0", "--learn-steps", "9", "--every", "2", "--seeds", "1"]
+    found = step.main(["--model", str(model), *OPTIONS, *options, "--held-out", "2"])
+    for side in SIDES:
+        learned = found["results"][0][side]
+        assert learned.steps == 2
+        assert [at for at, _ in learned.curve] == [2, 4]
+        assert learned.seconds > 0
+
+
+def test_the_floor_is_below_what_is_done(model: Path) -> None:
+    found = floor.main(["--model", str(model), *OPTIONS])
+    assert [row[0] for row in found["floors"]] == [
+        "rlkit, generation", "rlkit, training", "stock TRL, generation", "stock TRL, training",
+    ]  # fmt: skip
+    for _, needed, executed, least, took, times in found["floors"]:
+        assert float(needed) >= 0 and float(least) >= 0 and float(took) > 0
+        assert float(executed) >= 1
+        assert float(times) > 1
+    costs = [float(times) for _, _, times in found["savings"]]
+    assert costs == sorted(costs) and costs[0] == 1
+    for side in SIDES:
+        for part in floor.PARTS:
+            times = found["kinds"][side][part]
+            assert min(times["matrix products"], times["elementwise"], times["Python"]) > 0
+        assert found["kinds"][side]["other"]["optimizer"] > 0
+        assert not found["kinds"][side]["generation"]["optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::addmm", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::rsqrt", "norms"),
+        ("aten::_log_softmax", "softmax and sampling"),
+        ("aten::index_select", "copies and indexing"),
+        ("aten::mul", "elementwise"),
+        ("aten::addcmul_", "elementwise"),
+        ("Optimizer.step#AdamW.step", "optimizer"),
+    ],
+)
+def test_operators_are_told_apart(name: str, kind: str) -> None:
+    assert floor.kind_of(name) == kind
+
+
+def test_random_weights_run_with_skewed_lengths(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    monkeypatch.setitem(_cases.SHAPES, "0.5b", small)
+    monkeypatch.setattr(_cases, "VOCABULARY", 1000)  # more than the tokenizer knows
+    shape = ["--shape", "0.5b", "--prompt-tokens", "40", "--mean-length", "5"]
+    found = step.main(["--model", str(model), *OPTIONS, *shape])
+    (block,) = found["blocks"]
+    for ours, stock in zip(block["ours"], block["stock"], strict=True):
+        assert ours.completions == stock.completions
+        assert len(set(ours.completions)) > 1 and max(ours.completions) <= 12
+        assert ours.prompts == stock.prompts and min(ours.prompts) >= 40
+        assert 0 < sum(ours.rewards) < len(ours.rewards)
