@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,24 +27,27 @@ from rlkit import runs
 from rlkit.config import RunConfig, flat
 from rlkit.paths import runs_dir
 from rlkit.rewind import rewind
-from rlkit.runs import RunError, State, Status, write_atomic, write_parquet
+from rlkit.runs import Notice, RunError, State, Status, sync, write_atomic, write_parquet
 
 HEARTBEAT_SECONDS = 5.0
 EXACT = ("packages", "machine", "cpu", "torch_threads", "gpus", "git_commit")
 """Parts of env.json that must stay equal for a resumed run to be bit-identical."""
 MERGE_EVERY = 100
 """Steps after which rollout parts are merged into one file."""
+LOCK_ATTEMPTS = 20
 
 
 class Recorder:
-    """The one writer of a run folder. Made by ``open_run``; use ``close`` or ``with``.
+    """The one writer of a run folder. Made by ``open_run``, to be used in a ``with`` statement.
 
     Attributes:
         path: the run folder.
         resume: the resume point to go on from; None for a run that starts.
     """
 
-    def __init__(self, path: Path, lock: int, status: Status, resume: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, lock: IO[str], status: Status, resume: Path | None = None
+    ) -> None:
         self.path = path
         self.resume = resume
         self._lock = lock
@@ -55,7 +58,7 @@ class Recorder:
         self._beat = threading.Thread(
             target=self._keep_beating, name="rlkit-heartbeat", daemon=True
         )
-        self._beat.start()
+        self._unsynced: list[Path] = []  # rollout files since the last resume point
 
     @property
     def status(self) -> Status:
@@ -70,14 +73,18 @@ class Recorder:
                 self.path / "status.json", json.dumps(_status_json(self._status), indent=1)
             )
 
-    def environment(self, env: Mapping[str, Any]) -> None:
-        """Replace env.json, once more is known (the hub commit of the weights)."""
-        text = json.dumps(dict(env), indent=2, sort_keys=True)
+    def environment(self, **more: Any) -> None:
+        """Add to env.json, as it becomes known (the hub commit of the weights)."""
+        text = json.dumps({**runs.read_environment(self.path), **more}, indent=2, sort_keys=True)
         write_atomic(self.path / "env.json", text, sync=True)
 
-    def warn(self, message: str) -> None:
-        """Add a warning to status.json."""
-        self.update(warnings=(*self._status.warnings, message))
+    def warn(self, code: str, message: str) -> bool:
+        """Add a warning to status.json; False if one of this code is there already."""
+        known = self._status.warnings
+        if any(notice.code == code for notice in known):
+            return False
+        self.update(warnings=(*known, Notice(self._status.step, code, message)))
+        return True
 
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Append one step to metrics.jsonl; NaN and infinity become null."""
@@ -88,16 +95,29 @@ class Recorder:
     def rollouts(self, step: int, columns: Mapping[str, Sequence[Any]]) -> None:
         """Write the completions of one step, and merge parts every ``MERGE_EVERY`` steps."""
         base = self.path / "rollouts"
-        write_parquet(base / f"step-{step:06d}.parquet", pa.table(dict(columns)))
+        self._write(base / f"step-{step:06d}.parquet", pa.table(dict(columns)))
         if step % MERGE_EVERY == 0:
             parts = [p for p in runs.rollout_parts(base) if step - MERGE_EVERY < p[0] == p[1]]
             if parts:
                 table = pa.concat_tables(
                     [pq.read_table(p[2]) for p in parts], promote_options="default"
                 )
-                write_parquet(base / f"steps-{parts[0][0]:06d}-{step:06d}.parquet", table)
+                self._write(base / f"steps-{parts[0][0]:06d}-{step:06d}.parquet", table)
+                # Their only copy is the merged file: it has to be on disk before they go.
+                self._sync_rollouts()
                 for _, _, path in parts:
                     path.unlink()
+
+    def _write(self, path: Path, table: pa.Table) -> None:
+        write_parquet(path, table)
+        self._unsynced.append(path)
+
+    def _sync_rollouts(self) -> None:
+        for path in self._unsynced:
+            if path.exists():  # merged since
+                sync(path)
+        self._unsynced.clear()
+        sync(self.path / "rollouts")
 
     @contextlib.contextmanager
     def checkpoint(self, step: int) -> Iterator[Path]:
@@ -110,11 +130,12 @@ class Recorder:
     def resume_point(self, step: int) -> Iterator[Path]:
         """A folder to write into; once complete it replaces the resume points before it.
 
-        Metrics reach the disk first: going on from ``step`` needs its rows.
+        Metrics and rollouts reach the disk first: going on from ``step`` needs their rows.
         """
         with _folder(self.path / "resume", step) as aside:
             yield aside
             os.fsync(self._metrics.fileno())
+            self._sync_rollouts()
         for old in (self.path / "resume").glob("step-*"):
             if old.name < f"step-{step:06d}":
                 shutil.rmtree(old)
@@ -143,9 +164,10 @@ class Recorder:
         finally:
             with contextlib.suppress(OSError):
                 self._metrics.close()
-            os.close(self._lock)
+            self._lock.close()
 
     def __enter__(self) -> Recorder:
+        self._beat.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
@@ -194,37 +216,50 @@ def open_run(
         RunError: another process writes the folder, or it holds another run.
     """
     path = runs_dir() / config.name
-    path.mkdir(parents=True, exist_ok=True)
-    lock = _take_lock(path)
-    try:
-        if (path / "config.json").exists():
+    while True:
+        lock = _take_lock(path)
+        try:
+            if not (path / "config.json").exists():
+                return _start(path, config, lock, env, kind, max_steps, data)
             status = None if fresh else _same_run(path, config, kind, data)
             if status is not None and status.state == "done":
-                os.close(lock)
+                lock.close()
                 return path
             point = runs.resume_point(path)
             if status is not None and point is not None:
                 return _continue(path, config, lock, status, env, *point)
             path.rename(_old_name(path))
-            os.close(lock)
-            path.mkdir(parents=True)
-            lock = _take_lock(path)
-        for name in ("rollouts", "eval", "checkpoints"):
-            (path / name).mkdir(exist_ok=True)
-        write_atomic(path / "config.json", config.to_json(), sync=True)
-        now = time.time()
-        status = Status(
-            state="running", kind=kind, max_steps=max_steps, pid=os.getpid(), host=platform.node(),
-            heartbeat=now, started=now, data=data,
-        )  # fmt: skip
-        recorder = Recorder(path, lock, status)
-        recorder.environment(env)
-        recorder.update()
-        return recorder
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.close(lock)
-        raise
+        except BaseException:
+            lock.close()
+            raise
+        # Whoever waited for this lock notices that its folder has gone (``_take_lock``). The next
+        # round starts the run, or finds that another process was faster.
+        lock.close()
+
+
+def _start(
+    path: Path,
+    config: RunConfig,
+    lock: IO[str],
+    env: Mapping[str, Any],
+    kind: str,
+    max_steps: int,
+    data: str,
+) -> Recorder:
+    for name in ("rollouts", "eval", "checkpoints"):
+        (path / name).mkdir(exist_ok=True)
+    now = time.time()
+    status = Status(
+        state="running", kind=kind, max_steps=max_steps, pid=os.getpid(), host=platform.node(),
+        heartbeat=now, started=now, data=data,
+    )  # fmt: skip
+    recorder = Recorder(path, lock, status)
+    (path / "env.json").unlink(missing_ok=True)
+    recorder.environment(**env)
+    recorder.update()
+    # Last: without it there is no run, and a start that was cut off begins again.
+    write_atomic(path / "config.json", config.to_json(), sync=True)
+    return recorder
 
 
 def _same_run(path: Path, config: RunConfig, kind: str, data: str) -> Status | None:
@@ -251,7 +286,7 @@ def _same_run(path: Path, config: RunConfig, kind: str, data: str) -> Status | N
 def _continue(
     path: Path,
     config: RunConfig,
-    lock: int,
+    lock: IO[str],
     status: Status,
     env: Mapping[str, Any],
     step: int,
@@ -261,34 +296,43 @@ def _continue(
     control = path / "control.json"
     if control.exists():  # the command that stopped it is done with
         write_atomic(control, json.dumps({**json.loads(control.read_text()), "command": "run"}))
-    before = json.loads((path / "env.json").read_text())
+    before = runs.read_environment(path)
     checkpoint = rewind(path, step, config.train.save_every)
     status = replace(
         status,
         state="running", step=step, checkpoint=checkpoint, error="", pid=os.getpid(),
         host=platform.node(), resumed=(*status.resumed, step),
+        warnings=tuple(notice for notice in status.warnings if notice.step <= step),
     )  # fmt: skip
     recorder = Recorder(path, lock, status, resume=folder)
     recorder.update()
     changed = [key for key in EXACT if before.get(key) != env.get(key)]
     if changed:
-        recorder.environment({**env, "before_resume": before})
+        recorder.environment(**env, before_resume=before)
         recorder.warn(
+            "environment",
             f"resumed after step {step} with other {', '.join(changed)}: from here on the numbers "
-            "can differ from an uninterrupted run. Both environments are in env.json."
+            "can differ from an uninterrupted run. Both environments are in env.json.",
         )
     return recorder
 
 
-def _take_lock(path: Path) -> int:
-    handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    for _ in range(20):  # a reader holds the lock for microseconds
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except BlockingIOError:
-            time.sleep(0.01)
-    os.close(handle)
+def _take_lock(path: Path) -> IO[str]:
+    """The locked file of the run folder ``path``, which is made if need be."""
+    for _ in range(LOCK_ATTEMPTS):  # a reader holds the lock for microseconds
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            path.mkdir(parents=True, exist_ok=True)
+            handle = (path / ".lock").open("a")
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # While this process waited, the folder may have been moved aside with its lock.
+                if os.path.samestat(os.fstat(handle.fileno()), (path / ".lock").stat()):
+                    return handle
+            except BaseException:
+                handle.close()
+                raise
+            handle.close()
+        time.sleep(0.01)
     raise RunError(
         f"run {path.name!r} is being written by another process. Wait for it, stop it, or choose "
         "another name."
@@ -317,21 +361,13 @@ def _folder(base: Path, step: int) -> Iterator[Path]:
     try:
         yield aside
         for path in (*aside.rglob("*"), aside):
-            _sync(path)
+            sync(path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
-    _sync(base)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(base)
 
 
 def _finite(value: Any) -> Any:

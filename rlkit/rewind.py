@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rlkit import runs
-from rlkit.runs import write_atomic, write_parquet
+from rlkit.runs import sync, write_atomic, write_parquet
 
 _EVALUATION = re.compile(r".*-(\d{6})\.[a-z.]+")
 
@@ -55,6 +55,7 @@ def _rollouts(base: Path, step: int) -> None:
         for number in range(first, step + 1):
             part = base / f"step-{number:06d}.parquet"
             write_parquet(part, table.filter(pc.equal(table["step"], number)))
+            sync(part)  # the merged file is about to go
             keep.add(part)
     for file in [*base.glob("*.parquet"), *base.glob(".*.tmp")]:
         if file not in keep:

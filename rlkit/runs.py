@@ -23,7 +23,7 @@ import os
 import platform
 import re
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,8 @@ Command = Literal["run", "pause", "stop"]
 UNFINISHED = ("queued", "running", "paused")
 DEAD_AFTER = 30.0
 """Seconds without a heartbeat after which an unfinished run may be called dead."""
+READ_ATTEMPTS = 5
+"""Parts are merged every 100 steps, so a reader meets this once, rarely twice."""
 _PART = re.compile(r"step-(\d{6})\.parquet")
 _STEP = re.compile(r"step-(\d{6})")
 _MERGED = re.compile(r"steps-(\d{6})-(\d{6})\.parquet")
@@ -46,6 +48,21 @@ _MERGED = re.compile(r"steps-(\d{6})-(\d{6})\.parquet")
 
 class RunError(RuntimeError):
     """A run folder that cannot be used as asked; the text says what to do."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A warning of the pre-flight check, the watchdog or the recorder.
+
+    Attributes:
+        step: finished steps when it was given.
+        code: what it is about, the same words each time; each code is given once per run.
+        message: what was seen, the likely cause and the parameter to change.
+    """
+
+    step: int
+    code: str
+    message: str
 
 
 @dataclass(frozen=True)
@@ -57,7 +74,7 @@ class Status:
         step: finished steps. max_steps: planned steps.
         heartbeat: Unix time of the last sign of life, written every few seconds.
         data: hash of what the configuration only names or does not hold: weights, documents.
-        warnings: messages of the pre-flight check and the watchdog.
+        warnings: in the order in which they were given.
         checkpoint: name of the newest complete checkpoint; at the end, the final weights.
         resumed: steps after which the run was taken up again by another process.
         dead: set by the reader: unfinished, silent for 30 s and no process holds the lock.
@@ -74,7 +91,7 @@ class Status:
     error: str = ""
     control_id: int = 0
     data: str = ""
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Notice, ...] = ()
     checkpoint: str = ""
     resumed: tuple[int, ...] = ()
     dead: bool = field(default=False, compare=False)
@@ -107,15 +124,27 @@ def read_status(run: str | Path, *, now: float | None = None) -> Status:
         data = json.loads((path / "status.json").read_text())
     except FileNotFoundError:
         raise RunError(f"no run {str(run)!r} (no status.json)") from None
+    except ValueError as error:  # a power cut can leave an empty file
+        raise RunError(
+            f"status.json of run {path.name!r} cannot be read ({error}). Pass fresh=True to move "
+            "the folder aside and start again."
+        ) from None
     known = {f.name for f in fields(Status)} - {"dead"}
     data = {key: value for key, value in data.items() if key in known}
-    for name in ("warnings", "resumed"):
-        data[name] = tuple(data.get(name, ()))
+    data["warnings"] = tuple(Notice(**notice) for notice in data.get("warnings", ()))
+    data["resumed"] = tuple(data.get("resumed", ()))
     status = Status(**data)
     silent = (time.time() if now is None else now) - status.heartbeat > DEAD_AFTER
     elsewhere = status.host != platform.node()  # its lock cannot be trusted from here
     dead = status.state in UNFINISHED and silent and (elsewhere or not is_locked(path))
-    return Status(**{**data, "dead": dead})
+    return replace(status, dead=dead)
+
+
+def read_environment(run: str | Path) -> dict[str, Any]:
+    """The content of env.json; empty before it is written."""
+    path = folder(run) / "env.json"
+    data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return data
 
 
 def is_locked(path: Path) -> bool:
@@ -158,10 +187,17 @@ def read_rollouts(run: str | Path, steps: range | None = None) -> pd.DataFrame:
         run: name or folder.
         steps: only these steps; default all.
     """
-    frames = []
-    for first, last, path in rollout_parts(folder(run) / "rollouts"):
-        if steps is None or (first < steps.stop and last >= steps.start):
-            frames.append(pd.read_parquet(path))
+    for attempt in range(READ_ATTEMPTS):
+        try:
+            frames = [
+                pd.read_parquet(path)
+                for first, last, path in rollout_parts(folder(run) / "rollouts")
+                if steps is None or (first < steps.stop and last >= steps.start)
+            ]
+            break
+        except FileNotFoundError:  # the writer has just merged this part into another file
+            if attempt == READ_ATTEMPTS - 1:
+                raise
     if not frames:
         return pd.DataFrame()
     rows = pd.concat(frames, ignore_index=True)
@@ -247,6 +283,15 @@ def write_atomic(path: Path, text: str, *, sync: bool = False) -> None:
     except OSError:
         aside.unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -39,7 +41,6 @@ class Session:
         self.display: Progress = progress(config.name, steps)
         self.step = recorder.status.step
         self.stopped = False
-        self._warned: set[str] = set()
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Write and show one finished step.
@@ -60,11 +61,7 @@ class Session:
 
     def warn(self, code: str, message: str) -> None:
         """Record and show a warning, once per ``code``."""
-        if code not in self._warned:
-            self._warned.add(code)
-            if message in self.recorder.status.warnings:
-                return  # said before the run was resumed
-            self.recorder.warn(message)
+        if self.recorder.warn(code, message):
             self.display.note(f"{self.config.name}  warning: {message}")
 
     def obey(self) -> bool:
@@ -94,6 +91,20 @@ class Session:
             self.recorder.close("interrupted", f"stopped on request after step {self.step}")
         else:
             self.recorder.close("done")
+
+
+@contextlib.contextmanager
+def gradients() -> Iterator[None]:
+    """Gradients are on inside, and afterwards.
+
+    Ctrl-C may arrive at the very end of a ``torch.no_grad`` block, before it switches them on
+    again. They would then stay off until the notebook's kernel is restarted.
+    """
+    torch.set_grad_enabled(True)
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(True)
 
 
 def save_weights(model: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from rlkit import recorder as recorder_module
 from rlkit import runs
 from rlkit.config import RunConfig, resolve
 from rlkit.recorder import Recorder, open_run
-from rlkit.runs import RunError
+from rlkit.runs import Notice, RunError
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +50,12 @@ def test_a_run_from_start_to_end() -> None:
             run.update(step=step)
         with run.checkpoint(3) as folder:
             (folder / "weights").write_text("w")
-        run.warn("careful")
+        assert run.warn("test", "careful")
+        assert not run.warn("test", "careful again")
     status = runs.read_status("demo-s0")
-    assert (status.state, status.step, status.warnings) == ("done", 3, ("careful",))
+    assert (status.state, status.step, status.warnings) == (
+        "done", 3, (Notice(3, "test", "careful"),),
+    )  # fmt: skip
     assert not runs.is_locked(run.path)
     assert runs.read_config("demo-s0") == config()
     assert json.loads((run.path / "env.json").read_text()) == {"seed": 0}
@@ -118,6 +123,7 @@ def unfinished(steps: int, resume_at: int) -> Path:
     def broken() -> None:
         with start(SAVING) as run:
             for step in range(1, steps + 1):
+                run.warn(f"of step {step}", "careful")
                 run.metrics({"step": step, "loss": 0.1 * step})
                 run.rollouts(step, {"step": [step] * 2, "text": [f"<{step}>"] * 2})
                 (run.path / "eval" / f"validation-{step:06d}.json").write_text("{}")
@@ -132,7 +138,6 @@ def unfinished(steps: int, resume_at: int) -> Path:
             (run.path / "rollouts" / ".step-000099.parquet.tmp").touch()
             with (run.path / "metrics.jsonl").open("a") as handle:
                 handle.write('{"step": 99, "lo')
-            run.warn("careful")
             run.close("failed", "gone")
 
     broken()
@@ -151,9 +156,9 @@ def test_an_unfinished_run_goes_on_from_its_resume_point(monkeypatch: pytest.Mon
         assert run.resume == path / "resume" / "step-000003"
         status = runs.read_status("demo-s0")
         assert (status.state, status.step, status.resumed) == ("running", 3, (3,))
-        assert (status.checkpoint, status.warnings, status.error) == (
-            "step-000002", ("careful",), "",
-        )  # fmt: skip
+        assert (status.checkpoint, status.error) == ("step-000002", "")
+        # What was warned of after step 3 is warned of again, where it happens again.
+        assert [notice.code for notice in status.warnings] == [f"of step {s}" for s in (1, 2, 3, 4)]
         assert runs.read_metrics("demo-s0")["step"].tolist() == [1, 2, 3]
         assert runs.read_rollouts("demo-s0")["text"].tolist() == [
             "<1>", "<1>", "<2>", "<2>", "<3>", "<3>",
@@ -190,8 +195,10 @@ def test_a_resumed_run_does_not_obey_the_stop_that_ended_it() -> None:
 def test_going_on_with_other_versions_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     unfinished(steps=3, resume_at=2)
     with open_run(SAVING, {"seed": 0, "torch_threads": 64}, max_steps=3) as run:
-        assert "other torch_threads" in run.status.warnings[-1]
+        assert "other torch_threads" in run.status.warnings[-1].message
+        run.environment(more=1)
         env = json.loads((run.path / "env.json").read_text())
+    assert env.pop("more") == 1
     assert env == {"seed": 0, "torch_threads": 64, "before_resume": {"seed": 0}}
 
 
@@ -201,6 +208,115 @@ def test_a_run_that_never_made_a_step_does_not_block_its_name(runs_folder: Path)
     with start(config(steps=5)):
         pass
     assert (runs_folder / "demo-s0.old-1").is_dir()
+
+
+STEPS = ("write_atomic", "Recorder.update", "Recorder.environment", "Recorder.__init__")
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_start_that_was_cut_off_leaves_nothing_behind(
+    name: str, error: BaseException, resumed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No thread that goes on writing, no lock, no folder that blocks the name."""
+    monkeypatch.setattr(recorder_module, "HEARTBEAT_SECONDS", 0.01)
+    if resumed:
+        unfinished(steps=3, resume_at=2)
+    owner, _, attribute = f"rlkit.recorder.{name}".rpartition(".")
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{owner}.{attribute}", broken)
+        with contextlib.suppress(OSError, KeyboardInterrupt):
+            # Only a changed environment is written when a run is resumed.
+            open_run(SAVING, {"seed": 0, "torch_threads": 3}, max_steps=3)
+            pytest.fail("it started all the same")
+    assert not any(thread.name == "rlkit-heartbeat" for thread in threading.enumerate())
+    assert not runs.is_locked(runs.runs_dir() / "demo-s0")
+    with start(SAVING) as run:
+        assert (run.resume is not None) == resumed
+        run.update(step=3)
+    time.sleep(0.05)
+    assert runs.read_status("demo-s0").state == "done"
+
+
+def test_a_status_that_a_power_cut_emptied_is_named() -> None:
+    path = unfinished(steps=3, resume_at=2)
+    (path / "status.json").write_text("")
+    with pytest.raises(
+        RunError, match=r"status\.json of run 'demo-s0' cannot be read .*fresh=True"
+    ):
+        start(SAVING)
+    with start(SAVING, fresh=True):
+        pass
+    assert runs.resume_point(path.with_name("demo-s0.old-1")) is not None
+
+
+def test_a_lock_whose_folder_was_moved_aside_is_not_taken(
+    runs_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process starts the run anew between opening the lock and getting it."""
+    with pytest.raises(ZeroDivisionError), start():
+        raise ZeroDivisionError
+    flock = recorder_module.fcntl.flock
+    moved = runs_folder / "demo-s0.old-7"
+
+    def late(handle: Any, how: int) -> None:
+        if not moved.exists():
+            (runs_folder / "demo-s0").rename(moved)
+        flock(handle, how)
+
+    monkeypatch.setattr(recorder_module.fcntl, "flock", late)
+    with start() as run:
+        assert runs.is_locked(run.path)
+        assert not runs.is_locked(moved)
+
+
+def test_of_processes_that_start_one_run_at_once_one_writes(runs_folder: Path) -> None:
+    """All find a run to move aside; whoever waits for its lock must not take the moved one."""
+    code = (
+        "import sys, time\n"
+        "from rlkit.config import resolve\n"
+        "from rlkit.recorder import open_run\n"
+        "from rlkit.runs import RunError\n"
+        "config = resolve('tiny-smoke', name='demo-s0')\n"
+        "print('ready', flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    time.sleep(max(0.0, float(line) - time.time()))\n"
+        "    try:\n"
+        "        run = open_run(config, {}, max_steps=3)\n"
+        "    except RunError:\n"
+        "        print('refused', flush=True)\n"
+        "        continue\n"
+        "    with run:\n"
+        "        print('writes', flush=True)\n"
+        "        time.sleep(0.5)\n"  # longer than the others wait for the lock
+        "        run.close('failed')\n"
+    )
+    pipe = subprocess.PIPE
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    command = [sys.executable, "-c", code]
+    workers = [
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env) for _ in range(3)
+    ]
+    for worker in workers:
+        assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
+    rounds = 3
+    for number in range(rounds):
+        at = time.time() + 0.05
+        for worker, delay in zip(workers, (0.0, 0.0005 * number, 0.001 * number), strict=True):
+            assert worker.stdin is not None
+            print(at + delay, file=worker.stdin, flush=True)
+        said = [worker.stdout.readline() for worker in workers if worker.stdout is not None]
+        assert sorted(said) == ["refused\n", "refused\n", "writes\n"]
+        while runs.is_locked(runs_folder / "demo-s0"):
+            time.sleep(0.01)
+    for worker in workers:
+        worker.communicate()
+    assert len(list(runs_folder.glob("demo-s0.old-*"))) == rounds - 1
 
 
 def test_an_interrupt_is_recorded() -> None:
@@ -237,6 +353,28 @@ def test_parts_are_merged_and_each_step_is_read_once(monkeypatch: pytest.MonkeyP
         # A crash after the rename and before the removal leaves a part beside its merged file.
         run.rollouts(2, columns(2))
     assert runs.read_rollouts("demo-s0")["step"].tolist() == [s for s in range(1, 8) for _ in "ab"]
+
+
+def test_a_reader_meets_parts_that_are_being_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder_module, "MERGE_EVERY", 3)
+    with start() as run:
+        for step in (1, 2):
+            run.rollouts(step, columns(step))
+        read = runs.pd.read_parquet
+
+        def slow(path: Path) -> Any:
+            if len(runs.rollout_parts(run.path / "rollouts")) > 1:  # the writer is faster, once
+                run.rollouts(3, columns(3))
+            return read(path)
+
+        monkeypatch.setattr(runs.pd, "read_parquet", slow)
+        assert runs.read_rollouts("demo-s0")["step"].tolist() == [1, 1, 2, 2, 3, 3]
+        for part in (run.path / "rollouts").iterdir():
+            monkeypatch.setattr(runs.pd, "read_parquet", lambda path: read(f"{path}.gone"))
+            with pytest.raises(
+                FileNotFoundError, match=part.name
+            ):  # gone for good: no endless loop
+                runs.read_rollouts("demo-s0")
 
 
 def test_commands_are_numbered_and_read() -> None:
