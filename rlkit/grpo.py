@@ -45,7 +45,7 @@ from rlkit.engine import Engine, end_token_ids, stable_key
 from rlkit.models import Policy
 from rlkit.reference import Reference
 from rlkit.rollouts import Row, Window, roll_out
-from rlkit.session import save_weights
+from rlkit.session import gradients, save_weights
 from rlkit.vllm_engine import VllmEngine
 
 STATE = "rlkit_state.json"
@@ -61,6 +61,8 @@ class RolloutTrainer(GRPOTrainer):
         on_step: called after each step with its rollouts and its numbers (``loss``, ``grad_norm``,
             ``learning_rate``, ``kl``, ``beta``, ``clip_ratio``, ``rows_trained``,
             ``logp_difference``, ``seconds_score``, ``seconds_step``); returning True stops the run.
+            ``logp_difference`` is the largest distance between the engine's log-probability of a
+            token and the trainer's, over the ``rows_trained`` rows.
         output_dir: TRL wants one; nothing is written there.
     """
 
@@ -280,10 +282,9 @@ class RolloutTrainer(GRPOTrainer):
         def per_token(name: str) -> float:
             """Mean over all tokens of the batch; dropped rows would have added 0."""
             values = collected.get(name, [])
-            if len(values) != len(tokens):
+            if len(values) != len(tokens) or not self._tokens:
                 return math.nan
-            total = sum(v * n for v, n in zip(values, tokens, strict=True) if n)
-            return total / max(self._tokens, 1)
+            return sum(v * n for v, n in zip(values, tokens, strict=True) if n) / self._tokens
 
         divergence = per_token("kl")
         numbers = {
@@ -337,7 +338,7 @@ class RolloutTrainer(GRPOTrainer):
             self._adaptive_beta = json.loads((resume / STATE).read_text())["beta"]
             if self.reference is not None:
                 self.reference.load(resume)
-        with completion_only_head():
+        with gradients(), completion_only_head():
             self._clock = time.perf_counter()
             self.train(resume_from_checkpoint=None if resume is None else str(resume))
 

@@ -45,6 +45,12 @@ RUN = "run:"
 
 # What save_pretrained writes as tokenizer_class for a tokenizer that is defined by its file alone.
 _FILE_DEFINED = ("PreTrainedTokenizerFast", "TokenizersBackend")
+DEFINING = (
+    "adapter_config.json", "chat_template.jinja", "config.json", "generation_config.json",
+    "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+    "vocab.json",
+)  # fmt: skip
+"""Files that decide, with the weights, what a model folder samples; its card does not."""
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
@@ -137,9 +143,9 @@ def quiet() -> Iterator[None]:
 
 
 def fingerprint(config: ModelConfig) -> str:
-    """Short hash of a folder's weights, so that a rebuilt model is told from the old one.
+    """Short hash of a folder's weights, configuration and tokenizer, to tell a rebuilt model.
 
-    Above 200 MB only names and sizes count; a hub name gives "" (its revision says it).
+    Of weights above 200 MB only names and sizes count; a hub name gives "" (its revision says it).
 
     Raises:
         ModelError: unknown name.
@@ -147,12 +153,13 @@ def fingerprint(config: ModelConfig) -> str:
     source, local = _locate(config.model)
     if not local:
         return ""
-    files = sorted(path for path in Path(source).glob("*.safetensors"))
-    small = sum(path.stat().st_size for path in files) <= 200 * 2**20
+    weights = sorted(Path(source).glob("*.safetensors"))
+    small = sum(path.stat().st_size for path in weights) <= 200 * 2**20
+    others = (path for name in DEFINING for path in Path(source).glob(name))
     digest = hashlib.sha256()
-    for path in files:
+    for path in [*weights, *sorted(others)]:
         digest.update(f"{path.name} {path.stat().st_size}".encode())
-        if small:
+        if small or path not in weights:
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

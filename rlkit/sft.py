@@ -26,7 +26,7 @@ from rlkit.compat import completion_only_head
 from rlkit.config import RunConfig
 from rlkit.models import Policy
 from rlkit.recorder import open_run
-from rlkit.session import Session, data_hash
+from rlkit.session import Session, data_hash, gradients
 
 Document = dict[str, Any]
 IGNORED = -100
@@ -89,7 +89,7 @@ def train_sft(
 
         trainer = DocumentTrainer(config, model, tokenizer, examples, on_step, recorder.path)
         try:
-            with completion_only_head():
+            with gradients(), completion_only_head():
                 trainer.train()
         finally:
             session.display.close()

@@ -160,7 +160,7 @@ class TrainConfig:
     kl_target: float = 0.01
     """``adaptive`` only: KL to the reference to hold, nats per token; > 0."""
     kl_gain: float = 0.1
-    """``adaptive`` only: largest relative change of beta per step is 0.2 times this; > 0."""
+    """``adaptive`` only: largest relative change of beta per step is 0.2 times this; in (0, 5)."""
     reference_reset: int = 0
     """Steps between replacements of the reference by the policy of that moment; 0 keeps the start.
     The study's 1.5B recipe: every 60."""
@@ -212,8 +212,9 @@ class TrainConfig:
             "reference_reset", "refill_rounds",
         ):  # fmt: skip
             require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
-        for name in ("kl_target", "kl_gain"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a number > 0")
+        require(self.kl_target > 0, "kl_target", self.kl_target, "a number > 0")
+        # From 5 on, the first step without a divergence would bring beta to 0 or below, for good.
+        require(0 < self.kl_gain < 5, "kl_gain", self.kl_gain, "a number in (0, 5)")
         for name, neutral in (("kl_schedule", "fixed"), ("reference_reset", 0)):
             require(
                 self.beta > 0 or getattr(self, name) == neutral,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,11 @@ def train_rl(
         TrainingError: the loss became NaN.
     """
     chosen = templates.get(config.task.template)
-    given = [models.fingerprint(config.model), problems, validation]
+    rows = _training_problems(config) if problems is None else list(problems)
+    _check_pool(config, rows)
+    checked = _validation_problems(config, validation)
+    # The rows themselves: a file or hub data set of the same name can hold others another day.
+    given = [models.fingerprint(config.model), rows, checked]
     recorder = open_run(
         config,
         environment.describe(seed=config.seed),
@@ -61,14 +66,16 @@ def train_rl(
     if isinstance(recorder, Path):
         return recorder
     with recorder:
-        rows = _training_problems(config) if problems is None else list(problems)
-        _check_pool(config, rows)
         set_seed(config.seed)  # LoRA weights are drawn while the model is loaded
-        model, tokenizer = models.load_policy(config.model, chat_template=not chosen.plain)
+        source = config.model
+        if recorder.resume is not None:  # a branch on the hub may have moved on since
+            commit = runs.read_environment(recorder.path).get("model_commit")
+            source = replace(source, model_revision=commit or source.model_revision)
+        model, tokenizer = models.load_policy(source, chat_template=not chosen.plain)
         commit = models.hub_commit(model)
-        if commit:
-            recorder.environment(environment.describe(seed=config.seed, model_commit=commit))
-        session = RlSession(config, recorder, validation)
+        if commit and recorder.resume is None:
+            recorder.environment(model_commit=commit)
+        session = RlSession(config, recorder, checked)
         trainer = RolloutTrainer(
             config,
             model,
@@ -90,9 +97,7 @@ def train_rl(
 class RlSession(Session):
     """The steps of an RL run: rollouts, watchdog, evaluation during training."""
 
-    def __init__(
-        self, config: RunConfig, recorder: Recorder, validation: Sequence[Row] | None
-    ) -> None:
+    def __init__(self, config: RunConfig, recorder: Recorder, validation: Sequence[Row]) -> None:
         super().__init__(config, recorder, config.train.steps)
         self._validation = validation
         self._history: list[dict[str, Any]] = []
@@ -105,13 +110,6 @@ class RlSession(Session):
         """Check before step 1, and evaluate the starting point if asked to evaluate at all."""
         self.trainer, self.model, self.tokenizer = trainer, trainer.policy, tokenizer
         config = self.config
-        if config.eval.eval_every and self._validation is None:
-            self._validation = tasks.load_problems(
-                config.task.task,
-                "validation",
-                config.eval.eval_problems,
-                revision=config.task.task_revision,
-            )
         if self.recorder.resume is not None:
             self._history = runs.read_metrics_rows(self.recorder.path)
             self._completions = self._history[-1]["completions"]
@@ -166,7 +164,7 @@ class RlSession(Session):
     def _evaluate(self, step: int) -> None:
         from rlkit import evaluate  # needs pandas and more; only loaded when used
 
-        rows = list(self._validation or ())[: self.config.eval.eval_problems]
+        rows = self._validation
         result = evaluate.evaluate(
             self.trainer.engine,
             rows,
@@ -189,6 +187,20 @@ def _training_problems(config: RunConfig) -> list[Row]:
             "train",
             config.task.train_problems,
             revision=config.task.task_revision,
+        )
+    )
+
+
+def _validation_problems(config: RunConfig, given: Sequence[Row] | None) -> list[Row]:
+    """The rows that evaluations during training use; none if there are no evaluations."""
+    count = config.eval.eval_problems
+    if not config.eval.eval_every:
+        return []
+    if given is not None:
+        return list(given)[:count]
+    return list(
+        tasks.load_problems(
+            config.task.task, "validation", count, revision=config.task.task_revision
         )
     )
 

@@ -23,6 +23,7 @@ from datasets import Dataset
 from tiny import tiny_config
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
@@ -183,6 +184,8 @@ SIGNATURES: list[tuple[Any, str, list[str]]] = [
     (Trainer, "train", ["self", "resume_from_checkpoint"]),
     (Trainer, "_save_optimizer_and_scheduler", ["self", "output_dir"]),
     (Trainer, "_save_rng_state", ["self", "output_dir"]),
+    (Trainer, "_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
+    (VLLMGeneration, "sync_weights", ["self"]),
     (SFTTrainer, "get_train_dataloader", ["self"]),
     (SFTTrainer, "log", ["self", "logs", "start_time"]),
     (SFTTrainer, "_send_telemetry", ["self"]),
@@ -203,6 +206,17 @@ def test_names_and_arguments(owner: Any, name: str, arguments: list[str]) -> Non
     assert name in dir(owner), moved(f"{owner.__name__}.{name} is gone")
     found = list(inspect.signature(getattr(owner, name)).parameters)
     assert found[: len(arguments)] == arguments, moved(f"{owner.__name__}.{name} takes {found}")
+
+
+def test_what_the_vllm_engine_is_made_of() -> None:
+    """vLLM itself runs on GPU hosts only, so the source has to do."""
+    where = "rlkit/grpo.py (_make_engine) and rlkit/vllm_engine.py"
+    generation = inspect.getsource(VLLMGeneration)
+    for name in ("self.llm = LLM(", 'logprobs_mode="processed_logprobs"'):
+        assert name in generation, moved(f"VLLMGeneration has no {name}", where)
+    assert "self.vllm_generation = VLLMGeneration(" in inspect.getsource(GRPOTrainer), moved(
+        "GRPOTrainer makes no vllm_generation", where
+    )
 
 
 # --- rollouts -------------------------------------------------------------------------------------

@@ -79,9 +79,12 @@ def test_a_schedule_without_a_term_is_refused_with_the_fix(model: Path) -> None:
         assert tiny_config(model, beta=0.1, kl_schedule=schedule).train.kl_schedule == schedule
     with pytest.raises(ConfigError, match=r"reference_reset=5.*set beta > 0"):
         tiny_config(model, beta=0.0, reference_reset=5)
-    for name in ("kl_target", "kl_gain"):
-        with pytest.raises(ConfigError, match=rf"{name}=0\.0: expected a number > 0"):
-            tiny_config(model, beta=0.1, **{name: 0.0})
+    with pytest.raises(ConfigError, match=r"kl_target=0\.0: expected a number > 0"):
+        tiny_config(model, beta=0.1, kl_target=0.0)
+    for gain in (0.0, 5.0):  # with 5 a step without divergence would bring beta to 0 for good
+        with pytest.raises(ConfigError, match=rf"kl_gain={gain}: expected a number in \(0, 5\)"):
+            tiny_config(model, beta=0.1, kl_gain=gain)
+    assert adapted(0.1, 0.0, target=0.01, gain=4.99) > 0
     with pytest.raises(ConfigError, match="kl_estimator='k1'"):
         tiny_config(model, beta=0.1, kl_estimator="k1")
 
@@ -128,6 +131,21 @@ def test_a_last_step_without_a_term_is_a_plain_step(model: Path, tmp_path: Path)
     for ours, theirs in zip(annealed, plain, strict=True):
         for key, value in ours.items():
             assert torch.equal(value, theirs[key]), key
+
+
+def test_a_step_without_tokens_in_the_loss_moves_no_coefficient(
+    model: Path, tmp_path: Path
+) -> None:
+    """All completions are cut, and left out: the divergence is unknown, not 0."""
+    config = tiny_config(
+        model, steps=3, beta=0.3, kl_schedule="adaptive", mask_truncated=True,
+        max_completion_length=1,
+    )  # fmt: skip
+    windows, numbers, _ = run_steps(config, [("coin", coin, 1.0)], tmp_path)
+    ended = [any(c.reached_end for g in w.completions for c in g) for w in windows]
+    assert not any(ended)
+    assert all(math.isnan(n["kl"]) and math.isnan(n["clip_ratio"]) for n in numbers)
+    assert [n["beta"] for n in numbers] == [0.3] * 3
 
 
 def test_the_adaptive_coefficient_follows_the_measured_kl(model: Path, tmp_path: Path) -> None:

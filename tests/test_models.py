@@ -9,7 +9,7 @@ from peft import PeftModel
 from tiny import save_tiny_model
 
 from rlkit.config import ModelConfig
-from rlkit.models import PROBE, ModelError, load_policy
+from rlkit.models import PROBE, ModelError, fingerprint, load_policy
 from rlkit.session import save_weights
 from rlkit.tokenizer import build_tokenizer
 
@@ -40,6 +40,24 @@ def test_saved_weights_load_again(folder: Path, tmp_path: Path) -> None:
         assert torch.equal(value, again.state_dict()[name]), name
     assert other.chat_template == tokenizer.chat_template
     assert other(PROBE)["input_ids"] == tokenizer(PROBE)["input_ids"]
+
+
+def test_the_fingerprint_holds_all_that_decides_what_is_sampled(folder: Path) -> None:
+    config = ModelConfig(model=str(folder))
+    before = fingerprint(config)
+    (folder / "README.md").write_text("a card")
+    assert fingerprint(config) == before
+    for name in ("chat_template.jinja", "generation_config.json", "config.json", "tokenizer.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content + b" ")
+        assert fingerprint(config) != before, name
+        (folder / name).write_bytes(content)
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert fingerprint(config) != before
+    weights.write_bytes(content)
+    assert fingerprint(config) == before
 
 
 def test_lora_is_saved_as_an_adapter_and_merged_when_loaded(folder: Path, tmp_path: Path) -> None:

@@ -56,7 +56,9 @@ def assert_same_run(broken: Path, whole: Path) -> None:
         for file in files[0]:
             if file.suffix in (".safetensors", ".json"):
                 assert (broken / file).read_bytes() == (whole / file).read_bytes(), file
-    assert runs.read_status(broken).checkpoint == runs.read_status(whole).checkpoint
+    ends = [runs.read_status(path) for path in (broken, whole)]
+    assert ends[0].checkpoint == ends[1].checkpoint
+    assert ends[0].warnings == ends[1].warnings
 
 
 def break_off(config: RunConfig, at: Moment, step: int) -> None:
@@ -80,7 +82,7 @@ def break_off(config: RunConfig, at: Moment, step: int) -> None:
              **EVALUATED},
             "optimizer", 5, 3,
         ),
-        # the reference was replaced on the way; the resume point itself is torn
+        # the reference was replaced on the way; the resume point is half written
         (
             {"resume_every": 1, "beta": 0.2, "kl_schedule": "cosine", "reference_reset": 3},
             "saving", 6, 5,
@@ -101,6 +103,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert runs.read_status(broken).state == "done"
     assert_same_run(broken, whole)
     assert not (broken / "resume").exists()
+
+
+def test_a_torn_resume_point_is_not_used(model: Path) -> None:
+    """What a kill leaves of one that was being written: a folder under another name."""
+    params = {**BASE, "resume_every": 2}
+    whole = train_rl(tiny_config(model, **params))
+    config = tiny_config(model, **{**params, "name": "broken"})
+    break_off(config, "recorded", 4)
+    base = runs.runs_dir() / "broken/resume"
+    torn = base / ".step-000004.tmp"
+    torn.mkdir()
+    (torn / "optimizer.pt").write_bytes(b"torn")
+    broken = train_rl(config)
+    assert runs.read_status(broken).resumed == (2,)
+    assert_same_run(broken, whole)
 
 
 def test_two_breaks_and_a_stop_leave_no_trace(model: Path) -> None:

@@ -40,7 +40,7 @@ def test_a_run_fills_its_folder(model: Path) -> None:
     path = train_rl(tiny_config(model, steps=2))
     status = runs.read_status(path)
     assert (status.state, status.step, status.checkpoint) == ("done", 2, "step-000002")
-    assert any("pays what it should not" in w for w in status.warnings)  # recorded
+    assert any("pays what it should not" in w.message for w in status.warnings)  # recorded
     metrics = runs.read_metrics(path)
     assert metrics["step"].tolist() == [1, 2]
     for key in ("loss", "grad_norm", "learning_rate", "reward", "reward_std", "accuracy",
@@ -298,6 +298,96 @@ def test_ctrl_c_leaves_a_readable_folder_and_a_second_call_goes_on_cleanly(
     assert set(runs.read_rollouts(config.name)["step"]) == {1}
     again = runs.read_rollouts(train_rl(config))
     pd.testing.assert_frame_equal(again, whole)
+
+
+def test_ctrl_c_at_the_end_of_no_grad_does_not_switch_gradients_off(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave = torch.no_grad.__exit__
+    config = tiny_config(model, steps=3, resume_every=1)
+    folder = runs.runs_dir() / config.name
+
+    def interrupted(self: torch.no_grad, *error: Any) -> None:
+        if len(runs.read_metrics_rows(folder)) == 2:
+            raise KeyboardInterrupt
+        leave(self, *error)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.no_grad, "__exit__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_rl(config)
+    assert torch.is_grad_enabled()
+    torch.set_grad_enabled(False)  # as another library may leave it
+    path = train_rl(config)
+    assert runs.read_status(path).resumed == (2,)
+    assert torch.is_grad_enabled()
+
+
+def test_problems_are_part_of_what_a_run_is(model: Path, tmp_path: Path) -> None:
+    """A file that was edited is another task, under whatever name."""
+    rows = [dict(row) for row in tasks.load_problems("chain", "train", 24)]
+    file = tmp_path / "mine.jsonl"
+
+    def write(chosen: list[dict[str, Any]]) -> None:
+        file.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+
+    write(rows[:12])
+    config = tiny_config(model, task=str(file))
+    path = train_rl(config)
+    assert train_rl(config) == path
+    write(rows[12:])
+    with pytest.raises(RunError, match="other weights, problems or documents"):
+        train_rl(config)
+    with pytest.raises(RunError, match="other weights, problems or documents"):
+        train_rl(config, problems=rows[12:])
+    write(rows[:12])
+    assert train_rl(config) == path
+    evaluated = tiny_config(model, name="evaluated-s0", eval_every=1, eval_problems=2)
+    train_rl(evaluated, validation=rows[:3])
+    train_rl(evaluated, validation=rows[:2])  # the third was not used
+    with pytest.raises(RunError, match="other weights, problems or documents"):
+        train_rl(evaluated, validation=rows[1:3])
+
+
+def test_a_resumed_run_keeps_the_commit_it_started_from(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The branch has moved on; weights and reference are those of the first start all the same."""
+    asked: list[str] = []
+    commits = iter(("a1", "b2"))
+    load = models.load_policy
+
+    def from_hub(source: Any, **options: Any) -> Any:
+        asked.append(source.model_revision)
+        policy, tokenizer = load(source, **options)
+        policy.config._commit_hash = next(commits)
+        return policy, tokenizer
+
+    monkeypatch.setattr(models, "load_policy", from_hub)
+    config = tiny_config(model, steps=3, resume_every=1)
+    on_step = trainer.RlSession.on_step
+
+    def broken(self: Any, window: Any, numbers: Any) -> bool:
+        stop = on_step(self, window, numbers)
+        if window.step == 2:
+            raise ZeroDivisionError
+        return stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.RlSession, "on_step", broken)
+        with pytest.raises(ZeroDivisionError):
+            train_rl(config)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        path = train_rl(config)
+    finally:
+        torch.set_num_threads(threads)
+    assert asked == ["main", "a1"]
+    env = runs.read_environment(path)
+    assert env["model_commit"] == env["before_resume"]["model_commit"] == "a1"
+    assert env["torch_threads"] == threads + 1
+    assert env["before_resume"]["torch_threads"] == threads
 
 
 def test_a_nan_loss_fails_loudly(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
