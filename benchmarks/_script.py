@@ -86,16 +86,17 @@ class ScriptedDecoder:
         self.written = 1
 
     def read(self, chunks: Sequence[Sequence[int]]) -> Tensor:
-        # No row ends at its first token, so rows need not be told apart before ``repeat``.
+        # No row ends at its first token, so rows need not be told apart before they are repeated.
         logits = self.inner.read(chunks)
         return _force(logits, torch.zeros(len(logits), dtype=torch.bool), self.end)
 
-    def repeat(self, times: int) -> None:
-        self.inner.repeat(times)
+    def casting(self) -> contextlib.AbstractContextManager[object]:
+        return self.inner.casting()
 
-    def keep(self, rows: Tensor) -> None:
-        self.inner.keep(rows)
-        self.lengths = self.lengths[rows]
+    def select(self, rows: Tensor) -> None:
+        self.inner.select(rows)
+        if self.written > 1:  # before, prompts were repeated: one row per length
+            self.lengths = self.lengths[rows]
 
     def step(self, tokens: Tensor) -> Tensor:
         self.written += 1

@@ -24,9 +24,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlkit.config import ModelConfig
-from rlkit.decode import Qwen2Decoder, make_decoder
+from rlkit.decode import make_decoder
 from rlkit.engine import Engine, Sampling, stable_key
 from rlkit.models import load_policy
+from rlkit.qwen2_decoder import Qwen2Decoder
 from rlkit.tasks import load_problems
 from rlkit.templates import encode
 

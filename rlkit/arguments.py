@@ -55,6 +55,7 @@ def trainer_arguments(config: RunConfig, output_dir: Path) -> GRPOConfig:
         entropy_coef=train.entropy_coef,
         disable_dropout=True,
         bf16=config.model.dtype == "bfloat16" and torch.cuda.is_available(),
+        use_cpu=torch.backends.mps.is_available(),  # Apple's GPUs have no float64, which draws need
         gradient_checkpointing=config.model.gradient_checkpointing,
         logging_steps=train.updates_per_batch,
         logging_nan_inf_filter=False,  # a NaN loss must be seen

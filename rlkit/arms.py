@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rlkit import models, rewards, runs, templates
 from rlkit.config import EvalConfig, RewardConfig, RunConfig
-from rlkit.engine import Engine, Sampling, stable_key
+from rlkit.engine import Sampling, load_engine, stable_key
 from rlkit.paths import runs_dir
 from rlkit.runs import RunError
 from rlkit.sft import train_sft
@@ -126,9 +126,10 @@ def rejection_sample(rl: RunConfig) -> list[dict[str, Any]]:
     rows = load_problems(rl.task.task, "train", count, revision=rl.task.task_revision)
     template = rl.task.template
     chat = not templates.get(template).plain
-    model, tokenizer = models.load_policy(rl.model, chat_template=chat)
+    engine = load_engine(rl.model, chat_template=chat)
+    tokenizer = engine.tokenizer
     prefill = templates.prefill_text(template, tokenizer)
-    groups = Engine(model, tokenizer).generate(
+    groups = engine.generate(
         templates.encode(rows, tokenizer, template),
         Sampling(
             rl.sampling.max_completion_length,

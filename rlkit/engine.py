@@ -17,18 +17,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlkit.completion import Completion, Stop, ToolCall
-from rlkit.decode import make_decoder
+from rlkit.config import ModelConfig
+from rlkit.decode import Decoder, make_decoder
+from rlkit.models import load_policy
 from rlkit.streams import Keys, Sampling, pick_tokens, row_streams, stable_key, uniforms
 from rlkit.toolloop import Resume, ToolLoop, Waiting
 
 __all__ = [
     "Engine",
+    "GenerationError",
     "Sampling",
     "StopTexts",
+    "check_call",
     "end_token_ids",
+    "load_engine",
     "pick_tokens",
     "row_streams",
     "stable_key",
@@ -38,13 +44,17 @@ Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 
+class GenerationError(RuntimeError):
+    """A model that cannot be sampled; the text says what to change."""
+
+
 class Engine:
     """Generates responses of one model.
 
     Args:
         model: a causal model; it is read at each call, so training may go on between calls.
         tokenizer: its tokenizer; must have a pad and an end token.
-        max_rows: responses decoded at once; bounds the memory of the cache.
+        max_rows: responses decoded at once, at most; bounds the memory of the cache.
         dtype: what to compute in, None for the model's own. Weights are cast once per call, so a
             model trained in float32 generates in bfloat16 without paying for the cast at each step.
     """
@@ -63,6 +73,8 @@ class Engine:
                 f"pad_token_id={tokenizer.pad_token_id}: generation needs both; set "
                 "tokenizer.eos_token and tokenizer.pad_token"
             )
+        if max_rows < 1:
+            raise ValueError(f"max_rows={max_rows}: expected an integer >= 1")
         self.model = model
         self.tokenizer = tokenizer
         self.max_rows = max_rows
@@ -100,58 +112,77 @@ class Engine:
         Raises:
             ValueError: empty input, lengths that differ, or a prompt and budget beyond the model's
                 positions.
+            GenerationError: the model computes NaN.
         """
-        self._check(prompts, sampling, n, keys)
-        full = [list(prompt) for prompt in prompts]
-        per_pass = max(1, self.max_rows // n)
+        check_call(prompts, n, keys)
+        self._check_positions(max(map(len, prompts)), sampling.max_new_tokens)
+        streams = row_streams(keys, n, first_sample)
+        owners = [tuple(prompt) for prompt in prompts for _ in range(n)]
+        # Whole groups where they fit, so that few prompts are read twice.
+        size = self.max_rows - self.max_rows % n or self.max_rows
         done: list[Completion] = []
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.inference_mode():
-                for at in range(0, len(full), per_pass):
-                    streams = row_streams(keys[at : at + per_pass], n, first_sample)
-                    waiting = None if tools is None else Waiting(tools, at * n)
-                    rows = self._decode(full[at : at + per_pass], sampling, n, streams, waiting)
+                for at in range(0, len(owners), size):
+                    block = slice(at, at + size)
+                    waiting = None if tools is None else Waiting(tools, at)
+                    rows = self._decode(owners[block], sampling, streams[block], waiting)
                     done += rows.completions(self.tokenizer, self.end_ids, prefill)
         finally:
             self.model.train(was_training)
         return [done[i : i + n] for i in range(0, len(done), n)]
 
-    def _check(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, keys: Sequence[int]
-    ) -> None:
-        if not prompts:
-            raise ValueError("prompts is empty: generation needs at least one prompt")
-        if n < 1:
-            raise ValueError(f"n={n}: expected at least one sample per prompt")
-        if len(keys) != len(prompts):
-            raise ValueError(f"{len(keys)} keys for {len(prompts)} prompts: expected one each")
-        shortest, longest = min(map(len, prompts)), max(map(len, prompts))
-        if shortest == 0:
-            raise ValueError("a prompt has no tokens: encode it with rlkit.templates.encode")
+    def _check_positions(self, longest: int, budget: int) -> None:
         limit = self.model.config.max_position_embeddings
-        if longest + sampling.max_new_tokens > limit:
-            raise ValueError(
-                f"a prompt of {longest} tokens and max_completion_length="
-                f"{sampling.max_new_tokens} exceed the model's {limit} positions; lower "
-                f"max_completion_length to {max(1, limit - longest)}"
+        if longest + budget <= limit:
+            return
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_completion_length={budget} exceed the model's "
+            f"{limit} positions; "
+            + (
+                f"lower max_completion_length to {limit - longest}"
+                if longest < limit
+                else "leave the prompt out or shorten it"
             )
+        )
 
     def _decode(
         self,
-        prompts: list[list[int]],
+        prompts: Sequence[tuple[int, ...]],
         sampling: Sampling,
-        n: int,
         streams: Keys,
         waiting: Waiting | None,
     ) -> Rows:
+        """One pass: a response for each row, ``prompts`` and ``streams`` row by row."""
         decoder = make_decoder(self.model, self.dtype)
-        logits = decoder.read(prompts)
-        if n > 1:
-            decoder.repeat(n)
-            logits = logits.repeat_interleave(n, dim=0)
-        rows = Rows(len(streams), sampling.max_new_tokens)
+        with decoder.casting():
+            places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+            logits = decoder.read(list(places))
+            if len(places) < len(prompts):
+                owner = torch.tensor([places[prompt] for prompt in prompts])
+                decoder.select(owner)
+                logits = logits[owner.to(logits.device)]
+            rows = Rows(len(streams), sampling.max_new_tokens)
+            self._write(rows, decoder, logits, sampling, streams, waiting)
+        if np.isnan(rows.logprobs).any():
+            raise GenerationError(
+                "the model computes NaN, so its responses mean nothing. Likely cause: training "
+                "diverged. Take an earlier checkpoint, or lower learning_rate or max_grad_norm."
+            )
+        return rows
+
+    def _write(
+        self,
+        rows: Rows,
+        decoder: Decoder,
+        logits: Tensor,
+        sampling: Sampling,
+        streams: Keys,
+        waiting: Waiting | None,
+    ) -> None:
+        """Sample until all rows have ended."""
         ends = np.zeros(logits.shape[-1], dtype=np.bool_)
         ends[[i for i in self.end_ids if i < len(ends)]] = True
         texts = self._stop_texts(sampling, logits.shape[-1])
@@ -169,11 +200,13 @@ class Engine:
                 batch = batch[order]
                 chosen = chosen[torch.from_numpy(order).to(chosen.device)]
                 if len(batch):
-                    decoder.keep(torch.from_numpy(order))
+                    decoder.select(torch.from_numpy(order))
             if len(batch):
                 logits = decoder.step(chosen)
             while waiting is not None and waiting.rows:
                 results = waiting.results(idle=not len(batch))
+                if not results:
+                    break
                 chunks = {row: chunk for row, r in results if (chunk := rows.resume(row, r))}
                 back = waiting.leave([row for row, _ in results], list(chunks))
                 if back is not None:
@@ -186,7 +219,6 @@ class Engine:
                     batch = np.concatenate([batch, np.array(list(chunks))])
                 if len(batch):
                     break
-        return rows
 
     def _stop_texts(self, sampling: Sampling, vocabulary: int) -> StopTexts | None:
         if not sampling.stop:
@@ -304,8 +336,36 @@ class StopTexts:
 
     def found(self, tail: Sequence[int]) -> bool:
         """Whether the newest tokens of a row hold one of the texts."""
-        text = str(self.tokenizer.decode(list(tail), skip_special_tokens=False))
-        return any(stop in text for stop in self.stop)
+        # The first character may be cut in two, and some decoders then give up the whole run of
+        # bytes that it begins: look from later starts, too. UTF-8 has at most four bytes.
+        texts = (str(self.tokenizer.decode(list(tail[skip:]))) for skip in range(4))
+        return any(stop in text for text in texts for stop in self.stop)
+
+
+def load_engine(config: ModelConfig, *, chat_template: bool = True) -> Engine:
+    """The engine of a model to evaluate: on the GPU if there is one, in ``config.dtype`` there.
+
+    Raises:
+        ModelError: see ``models.load_policy``.
+    """
+    model, tokenizer = load_policy(config, chat_template=chat_template)
+    if not torch.cuda.is_available():
+        return Engine(model, tokenizer)
+    torch.nn.Module.to(model, "cuda")
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
+    return Engine(model, tokenizer, dtype=dtype)
+
+
+def check_call(prompts: Sequence[Sequence[int]], n: int, keys: Sequence[int]) -> None:
+    """Raise ValueError unless there are prompts with tokens, a key for each, and n >= 1."""
+    if not prompts:
+        raise ValueError("prompts is empty: generation needs at least one prompt")
+    if n < 1:
+        raise ValueError(f"n={n}: expected at least one sample per prompt")
+    if len(keys) != len(prompts):
+        raise ValueError(f"{len(keys)} keys for {len(prompts)} prompts: expected one each")
+    if not all(prompts):
+        raise ValueError("a prompt has no tokens: encode it with rlkit.templates.encode")
 
 
 def _close_ranks(gone: Flags) -> Ints:

@@ -172,9 +172,9 @@ def _hidden(model: Qwen2ForCausalLM, plan: Layout) -> Tensor:
     heads = config.num_attention_heads
     kv_heads = config.num_key_value_heads or heads
     angles = plan.positions[:, None, None].float() * body.rotary_emb.inv_freq.float()
-    cos = torch.cat([angles.cos()] * 2, dim=-1)
-    sin = torch.cat([-angles.sin(), angles.sin()], dim=-1)
     x = body.embed_tokens(plan.ids)  # the module: it gives the pad token no gradient
+    cos = torch.cat([angles.cos()] * 2, dim=-1).to(x.dtype)
+    sin = torch.cat([-angles.sin(), angles.sin()], dim=-1).to(x.dtype)
     for layer in body.layers:
         attention, mlp = layer.self_attn, layer.mlp
         h = layer.input_layernorm(x)

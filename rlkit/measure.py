@@ -11,9 +11,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from rlkit import evaluate, models, runs, templates
+from rlkit import evaluate, runs, templates
 from rlkit.config import ModelConfig
-from rlkit.engine import Engine, Sampling
+from rlkit.engine import Sampling, load_engine
 from rlkit.evaluate import EvalResult
 from rlkit.paths import data_dir, runs_dir
 from rlkit.tasks import Row, load_problems
@@ -63,8 +63,12 @@ def measure(
     name = f"{task}-{split}-{_digest([settings])}"
     if name in evaluate.names(run):
         return evaluate.load(run, name)
-    source = str(runs.final_checkpoint(run)) if _is_run(policy) else str(policy)
-    model, tokenizer = models.load_policy(ModelConfig(model=source))
+    config = ModelConfig(model=str(policy))
+    if _is_run(policy):
+        dtype = runs.read_config(run).model.dtype
+        config = ModelConfig(model=str(runs.final_checkpoint(run)), dtype=dtype)
+    engine = load_engine(config)
+    tokenizer = engine.tokenizer
     prompts = templates.encode(rows, tokenizer, template)
     prefill = templates.prefill_text(template, tokenizer)
     if force_reasoning and not prefill:
@@ -72,7 +76,7 @@ def measure(
         start = tokenizer(prefill, add_special_tokens=False)["input_ids"]
         prompts = [[*prompt, *start] for prompt in prompts]
     result = evaluate.evaluate(
-        Engine(model, tokenizer),
+        engine,
         rows,
         prompts=prompts,
         sampling=Sampling(max_completion_length, temperature=temperature),

@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -167,14 +168,22 @@ def fingerprint(config: ModelConfig) -> str:
 def is_plain_qwen2(model: object) -> bool:
     """Whether a model's forward pass is exactly the textbook Qwen2: what our own code computes.
 
-    No subclass (it may change the pass), no adapters, no window, no scaled rotary positions.
+    No subclass (it may change the pass), no adapters or quantized weights, no window, no scaled
+    rotary positions, no other activation.
     """
     if type(model) is not Qwen2ForCausalLM:
         return False
-    if any("lora_" in name for name, _ in model.named_parameters()):
-        return False
-    full = all(kind == "full_attention" for kind in model.config.layer_types or ())
-    return full and model.model.rotary_emb.rope_type == "default"
+    linear = [model.lm_head]
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        linear += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        linear += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return (
+        all(type(module) is nn.Linear for module in linear)
+        and all(kind == "full_attention" for kind in model.config.layer_types or ())
+        and model.config.hidden_act == "silu"
+        and model.model.rotary_emb.rope_type == "default"
+    )
 
 
 def hub_commit(model: Policy) -> str | None:

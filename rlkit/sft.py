@@ -256,6 +256,7 @@ def _arguments(config: RunConfig, steps: int, parts: int, output_dir: Path) -> S
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         bf16=config.model.dtype == "bfloat16" and torch.cuda.is_available(),
+        use_cpu=torch.backends.mps.is_available(),  # Apple's GPUs have no float64, which draws need
         gradient_checkpointing=config.model.gradient_checkpointing,
         logging_steps=1,
         logging_nan_inf_filter=False,

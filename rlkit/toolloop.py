@@ -145,9 +145,9 @@ class Waiting:
         elif left:
             part = part.split(taken)
         else:
-            part.keep(taken)
+            part.select(taken)
         if not left:
             self.decoder = None
         elif self.decoder is not None:
-            self.decoder.keep(torch.tensor([place[row] for row in left]))
+            self.decoder.select(torch.tensor([place[row] for row in left]))
         return part

@@ -4,7 +4,8 @@ Every sample is a request of its own with a seed from the same streams as ``rlki
 rollout does not depend on the number of samples or on evaluation. vLLM computes in other kernels
 and batches: its tokens are not those of ``rlkit.engine``, and its log-probabilities differ from the
 trainer's. The trainer logs the largest difference of each step, and TRL corrects for it with
-importance weights (its ``vllm_importance_sampling_correction``).
+importance weights (its ``vllm_importance_sampling_correction``). With ``top_p`` below 1 they are
+those after the nucleus cut, unlike the engine's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlkit.completion import Completion
+from rlkit.engine import check_call
 from rlkit.streams import Sampling, row_streams
 from rlkit.toolloop import ToolLoop
 
@@ -64,8 +66,7 @@ class VllmEngine:
         """
         if tools is not None:
             raise ValueError("tools: vLLM has no loop that keeps its cache; use engine='rlkit'")
-        if len(keys) != len(prompts):
-            raise ValueError(f"{len(keys)} keys for {len(prompts)} prompts: expected one each")
+        check_call(prompts, n, keys)
         from vllm import SamplingParams  # only on GPU hosts
 
         self._refresh()

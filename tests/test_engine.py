@@ -11,12 +11,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.cache_utils import DynamicLayer
 
-from rlkit.decode import ModuleDecoder, Qwen2Decoder, make_decoder
+from rlkit.decode import GrowingLayer, ModuleDecoder, make_decoder
 from rlkit.engine import (
     Engine,
+    GenerationError,
     Sampling,
     StopTexts,
     pick_tokens,
@@ -24,8 +27,14 @@ from rlkit.engine import (
     stable_key,
     uniforms,
 )
+from rlkit.models import is_plain_qwen2
+from rlkit.qwen2_decoder import Qwen2Decoder
 from rlkit.tokenizer import build_tokenizer
 
+SMALL = dict(
+    vocab_size=142, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=2,
+)  # fmt: skip
 PROMPTS = ["Compute 19+14.", "Evaluate 47+85-19+62-38.", "Compute 1."]
 
 
@@ -48,6 +57,21 @@ def test_plain_qwen2_uses_the_fused_decoder(model) -> None:
     assert isinstance(make_decoder(model), Qwen2Decoder)
 
 
+def test_whatever_differs_from_the_textbook_runs_its_own_forward_pass(tokenizer) -> None:
+    for change in (
+        dict(hidden_act="gelu"),
+        dict(use_sliding_window=True, sliding_window=8, max_window_layers=0),
+        dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+    ):
+        other = Qwen2ForCausalLM(Qwen2Config(**{**SMALL, **change}))
+        assert not is_plain_qwen2(other), change
+        assert isinstance(make_decoder(other), ModuleDecoder)
+    plain = Qwen2ForCausalLM(Qwen2Config(**SMALL))
+    assert is_plain_qwen2(plain)
+    plain.model.layers[0].mlp.down_proj = torch.nn.Sequential(plain.model.layers[0].mlp.down_proj)
+    assert not is_plain_qwen2(plain)
+
+
 def test_rollout_is_the_same_alone_and_in_any_batch(model, tokenizer) -> None:
     prompts = ids_of(tokenizer, PROMPTS)
     engine = Engine(model, tokenizer)
@@ -57,6 +81,54 @@ def test_rollout_is_the_same_alone_and_in_any_batch(model, tokenizer) -> None:
     assert [[c.token_ids for c in g] for g in together] == [[c.token_ids for c in g] for g in small]
     alone = engine.generate(prompts[1:2], sampling, n=1, keys=[2], first_sample=4)
     assert alone[0][0].token_ids == together[1][4].token_ids
+
+
+@pytest.mark.parametrize(("most", "n"), [(1, 3), (4, 6), (5, 2), (7, 7), (100, 6)])
+def test_no_more_rows_are_decoded_at_once_than_allowed(
+    model, tokenizer, monkeypatch, most: int, n: int
+) -> None:
+    """Also where one group alone is larger. Equal prompts are read once; groups stay whole."""
+    read, held = [], []
+
+    class Watched(Qwen2Decoder):
+        def read(self, chunks):
+            read.append([tuple(chunk) for chunk in chunks])
+            return super().read(chunks)
+
+        def step(self, tokens):
+            held.append(len(tokens))
+            return super().step(tokens)
+
+    monkeypatch.setattr("rlkit.engine.make_decoder", Watched)
+    first, second = ids_of(tokenizer, PROMPTS[:2])
+    prompts, keys = [first, second, first], [1, 2, 3]
+    groups = Engine(model, tokenizer, max_rows=most).generate(prompts, Sampling(9), n=n, keys=keys)
+    assert [len(group) for group in groups] == [n] * 3
+    assert max(held) == min(most - most % n or most, 3 * n)
+    assert all(len(set(chunks)) == len(chunks) for chunks in read)
+    monkeypatch.undo()
+    free = Engine(model, tokenizer).generate(prompts, Sampling(9), n=n, keys=keys)
+    assert [[c.token_ids for c in g] for g in groups] == [[c.token_ids for c in g] for g in free]
+
+
+def test_a_cache_that_grows_holds_what_dynamic_layer_holds() -> None:
+    """And is moved a few times only, not at every token."""
+    rng = torch.Generator().manual_seed(0)
+    ours, theirs = GrowingLayer(), DynamicLayer()
+    rows, buffers = 3, set()
+    for number in range(200):
+        new = [torch.randn(rows, 2, 5 if number == 0 else 1, 4, generator=rng) for _ in "kv"]
+        found, expected = ours.update(*new), theirs.update(*new)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert ours.get_seq_length() == theirs.get_seq_length() == number + 5
+        buffers.add(ours.buffers["keys"].data_ptr())
+        if number in (0, 60, 61, 150):
+            kept = torch.tensor([0, 0, 1, 2, 2] if number == 0 else range(rows - 1))
+            rows = len(kept)
+            for layer in (ours, theirs):
+                layer.batch_select_indices(kept)
+    # 10 slots, moved once for each of the four selections and as often as 205 needs doubling.
+    assert len(buffers) <= 1 + 4 + 5
 
 
 def test_different_keys_and_samples_give_different_rollouts(model, tokenizer) -> None:
@@ -83,6 +155,28 @@ def test_stop_reasons_and_end_token(model, tokenizer) -> None:
         assert (c.token_ids[-1] == tokenizer.eos_token_id) == (c.stop == "eos")
         assert c.stop == "eos" or len(c.token_ids) == 12
         assert "<|end|>" not in c.text
+
+
+def test_every_end_token_of_the_model_ends_a_response(tokenizer) -> None:
+    """Instruct models name two in their generation config."""
+    other = grouped_model(tokenizer, positions=64, spread=0.3)
+    more = tokenizer("7")["input_ids"][0]
+    other.generation_config.eos_token_id = [tokenizer.eos_token_id, more]
+    groups = Engine(other, tokenizer).generate(
+        ids_of(tokenizer, PROMPTS), Sampling(12, temperature=3.0), n=64, keys=[1, 2, 3]
+    )
+    ended = [c.token_ids[-1] for group in groups for c in group if c.stop == "eos"]
+    assert set(ended) == {tokenizer.eos_token_id, more}
+    assert not any(more in c.token_ids[:-1] for group in groups for c in group)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_broken_model_is_refused(tokenizer, greedy) -> None:
+    broken = grouped_model(tokenizer, positions=64, spread=0.3)
+    with torch.no_grad():
+        broken.model.norm.weight[3] = float("nan")
+    with pytest.raises(GenerationError, match=r"NaN.*earlier checkpoint"):
+        Engine(broken, tokenizer).generate([[5, 6]], Sampling(4, greedy=greedy), n=2, keys=[1])
 
 
 def test_prefill_is_shown_in_the_text_but_not_generated(model, tokenizer) -> None:
@@ -179,6 +273,26 @@ def test_stop_texts_are_found_wherever_tokens_cut_them(text, stop) -> None:
         assert (bool(finder.may_end[ids[t - 1]]) and finder.found(tail)) == (t == ends[0])
 
 
+def test_a_stop_text_after_a_character_that_a_byte_fallback_gives_up() -> None:
+    """Such decoders turn a whole run of bytes into U+FFFD if its first character is cut."""
+    vocab = {f"<0x{i:02X}>": i for i in range(256)}
+    vocab |= {text: 256 + i for i, text in enumerate(["<unk>", "<end>", "a", "b", "?"])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    core.add_special_tokens(["<end>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<end>", pad_token="<end>", unk_token="<unk>"
+    )
+    finder = StopTexts(("\n",), tokenizer, len(tokenizer))
+    for text in ("本?本本\nb", "a本\n", "é\n", "本本本\n"):
+        ids = [i for c in text for i in ([vocab[c]] if c in vocab else list(c.encode()))]
+        assert tokenizer.decode(ids) == text
+        end = ids.index(10) + 1
+        for t in range(1, end + 1):
+            found = finder.may_end[ids[t - 1]] and finder.found(ids[max(0, t - finder.window) : t])
+            assert bool(found) == (t == end), (text, t)
+
+
 @pytest.mark.parametrize("decoder", [Qwen2Decoder, ModuleDecoder])
 def test_generation_in_bfloat16_leaves_the_model_in_float32(
     model, tokenizer, decoder, monkeypatch
@@ -188,18 +302,22 @@ def test_generation_in_bfloat16_leaves_the_model_in_float32(
     engine = Engine(model, tokenizer, dtype=torch.bfloat16)
     prompts = ids_of(tokenizer, PROMPTS)
     groups = engine.generate(prompts, Sampling(24), n=4, keys=[1, 2, 3])
-    errors = []
+    errors, usual = [], []
     for prompt, group in zip(prompts, groups, strict=True):
         for completion in group:
             ids = torch.tensor([[*prompt, *completion.token_ids]])
             assert completion.token_ids and ids.min() >= 0 and ids.max() < len(tokenizer)
-            with torch.no_grad():
-                logits = model(ids).logits[0, len(prompt) - 1 : -1]
-            expected = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-            errors.append((torch.tensor(completion.logprobs) - expected).abs())
-    error = torch.cat(errors)
-    assert error.mean() < 0.1
+            scores = []
+            for bfloat16 in (False, True):
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                    logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
+                scores.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0])
+            errors.append((torch.tensor(completion.logprobs) - scores[0]).abs())
+            usual.append((scores[1] - scores[0]).abs())
+    error, expected = torch.cat(errors), torch.cat(usual)
     assert error.max() > 1e-4, "not computed in bfloat16"
+    # As far from float32 as the autocast pass of transformers is.
+    assert 0.5 * expected.mean() < error.mean() < 1.5 * expected.mean()
     for name, value in model.state_dict().items():
         assert value.dtype == torch.float32 and torch.equal(value, before[name])
 
@@ -244,6 +362,19 @@ def test_sampling_frequencies_follow_the_probabilities() -> None:
     assert torch.allclose(logprobs, expected.log()[tokens])
 
 
+def test_logprobs_are_of_the_policy_that_the_trainer_scores() -> None:
+    """Tempered, but before the nucleus cut; greedy decoding knows no temperature."""
+    logits = torch.tensor([[1.0, 0.5, -1.0, -2.0]]).repeat(500, 1)
+    draws = uniforms(row_streams(list(range(500)), 1, 0), 0)
+    for top_p in (1.0, 0.7):
+        tokens, logprobs = pick_tokens(logits, Sampling(1, temperature=1.7, top_p=top_p), draws)
+        assert torch.allclose(logprobs, (logits[0] / 1.7).log_softmax(-1)[tokens])
+        assert len(set(tokens.tolist())) == (4 if top_p == 1 else 2)
+    tokens, logprobs = pick_tokens(logits, Sampling(1, temperature=1.7, greedy=True), draws)
+    assert torch.allclose(logprobs, logits[0].log_softmax(-1)[0].expand(500))
+    assert set(tokens.tolist()) == {0}
+
+
 def test_nucleus_keeps_the_smallest_sufficient_set() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(4000, 1)
     draws = uniforms(row_streams(list(range(4000)), 1, 0), 0)
@@ -261,11 +392,17 @@ def test_nucleus_keeps_the_smallest_sufficient_set() -> None:
         (dict(prompts=[[1], []], keys=[1, 2], n=1), "no tokens"),
         (dict(prompts=[[1]], keys=[1], n=0), "n=0"),
         (dict(prompts=[[1] * 250], keys=[1], n=1), "lower max_completion_length to 6"),
+        (dict(prompts=[[1] * 256], keys=[1], n=1), "256 positions; leave the prompt out"),
     ],
 )
 def test_bad_calls_are_refused(model, tokenizer, arguments, message) -> None:
     with pytest.raises(ValueError, match=message):
         Engine(model, tokenizer).generate(sampling=Sampling(20), **arguments)
+
+
+def test_room_for_no_row_is_refused(model, tokenizer) -> None:
+    with pytest.raises(ValueError, match="max_rows=0"):
+        Engine(model, tokenizer, max_rows=0)
 
 
 @pytest.mark.parametrize(

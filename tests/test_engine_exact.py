@@ -18,9 +18,10 @@ from transformers import (
 
 from benchmarks import regenerate
 from rlkit.config import ModelConfig
-from rlkit.decode import ModuleDecoder, Qwen2Decoder, make_decoder
+from rlkit.decode import ModuleDecoder, make_decoder
 from rlkit.engine import Engine, Sampling
 from rlkit.models import load_policy
+from rlkit.qwen2_decoder import Qwen2Decoder
 from rlkit.tasks import load_problems
 from rlkit.templates import encode
 from rlkit.tokenizer import build_tokenizer

@@ -288,3 +288,20 @@ def test_only_plain_models_are_supported(model: Qwen2ForCausalLM) -> None:
     ):
         rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **more}
         assert not forward.supports(random_model(rope_parameters=rope)), kind
+
+
+def test_weights_in_bfloat16_are_as_exact_as_in_transformers(model: Qwen2ForCausalLM) -> None:
+    rng = random.Random(3)
+    rows = [
+        ([rng.randrange(1, 101) for _ in range(5)], [rng.randrange(1, 101) for _ in range(length)])
+        for length in (9, 4, 1)
+    ]
+    ids, mask, width = padded(rows)
+    low = copy.deepcopy(model).to(torch.bfloat16)
+    with torch.no_grad():
+        exact, _ = from_transformers(model, ids, mask, width, 1.0)
+        usual, _ = from_transformers(low, ids, mask, width, 1.0)
+        found, _ = forward.score(low, forward.layout(ids, mask, width, torch.bfloat16), 1.0)
+    real = mask[:, -width:].bool()
+    error, expected = ((x.float() - exact)[real].abs().mean() for x in (found, usual))
+    assert 0 < error < 2 * expected

@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from rlkit.completion import Completion, ToolCall
-from rlkit.decode import ModuleDecoder, Qwen2Decoder
+from rlkit.decode import ModuleDecoder
 from rlkit.engine import Engine, Sampling, pick_tokens, row_streams, uniforms
+from rlkit.qwen2_decoder import Qwen2Decoder
 from rlkit.tokenizer import build_tokenizer
 from rlkit.toolloop import Rejoin, Resume, Waiting
 
