@@ -12,7 +12,7 @@
                 checkpoints/         step-000100/, complete or absent
                 resume/              step-000120/, the newest resume point of an unfinished run
 
-``rlkit.recorder`` writes them.
+``rlkit.start`` makes them, ``rlkit.recorder`` writes them.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from rlkit.checks import ConfigError
 from rlkit.compat import completion_only_head
 from rlkit.config import RunConfig
 from rlkit.models import Policy
-from rlkit.recorder import open_run
 from rlkit.session import Session, data_hash, gradients
+from rlkit.start import open_run
 
 Document = dict[str, Any]
 IGNORED = -100

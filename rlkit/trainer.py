@@ -14,9 +14,10 @@ from rlkit.arguments import sampling
 from rlkit.checks import ConfigError
 from rlkit.config import RunConfig
 from rlkit.grpo import RolloutTrainer
-from rlkit.recorder import Recorder, open_run
+from rlkit.recorder import Recorder
 from rlkit.rollouts import Window, rollout_columns, step_metrics
 from rlkit.session import Session, data_hash
+from rlkit.start import open_run
 from rlkit.watchdog import watch
 
 Row = dict[str, Any]

@@ -21,7 +21,6 @@ from rlkit.engine import (
     Engine,
     GenerationError,
     Sampling,
-    StopTexts,
     pick_tokens,
     row_streams,
     stable_key,
@@ -29,6 +28,7 @@ from rlkit.engine import (
 )
 from rlkit.models import is_plain_qwen2
 from rlkit.qwen2_decoder import Qwen2Decoder
+from rlkit.stop_texts import StopTexts
 from rlkit.tokenizer import build_tokenizer
 
 SMALL = dict(

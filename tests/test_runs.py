@@ -15,9 +15,11 @@ import pytest
 
 from rlkit import recorder as recorder_module
 from rlkit import runs
+from rlkit import start as start_module
 from rlkit.config import RunConfig, resolve
-from rlkit.recorder import Recorder, open_run
+from rlkit.recorder import Recorder
 from rlkit.runs import Notice, RunError
+from rlkit.start import open_run
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +212,10 @@ def test_a_run_that_never_made_a_step_does_not_block_its_name(runs_folder: Path)
     assert (runs_folder / "demo-s0.old-1").is_dir()
 
 
-STEPS = ("write_atomic", "Recorder.update", "Recorder.environment", "Recorder.__init__")
+STEPS = (
+    "start.write_atomic", "recorder.write_atomic", "recorder.Recorder.update",
+    "recorder.Recorder.environment", "recorder.Recorder.__init__",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -222,14 +227,14 @@ def test_a_start_that_was_cut_off_leaves_nothing_behind(
     """No thread that goes on writing, no lock, no folder that blocks the name."""
     monkeypatch.setattr(recorder_module, "HEARTBEAT_SECONDS", 0.01)
     if resumed:
-        unfinished(steps=3, resume_at=2)
-    owner, _, attribute = f"rlkit.recorder.{name}".rpartition(".")
+        path = unfinished(steps=3, resume_at=2)
+        (path / "control.json").write_text('{"command": "stop", "id": 4}')
 
     def broken(*_: Any, **__: Any) -> None:
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"{owner}.{attribute}", broken)
+        patch.setattr(f"rlkit.{name}", broken)
         with contextlib.suppress(OSError, KeyboardInterrupt):
             # Only a changed environment is written when a run is resumed.
             open_run(SAVING, {"seed": 0, "torch_threads": 3}, max_steps=3)
@@ -261,7 +266,7 @@ def test_a_lock_whose_folder_was_moved_aside_is_not_taken(
     """Another process starts the run anew between opening the lock and getting it."""
     with pytest.raises(ZeroDivisionError), start():
         raise ZeroDivisionError
-    flock = recorder_module.fcntl.flock
+    flock = start_module.fcntl.flock
     moved = runs_folder / "demo-s0.old-7"
 
     def late(handle: Any, how: int) -> None:
@@ -269,7 +274,7 @@ def test_a_lock_whose_folder_was_moved_aside_is_not_taken(
             (runs_folder / "demo-s0").rename(moved)
         flock(handle, how)
 
-    monkeypatch.setattr(recorder_module.fcntl, "flock", late)
+    monkeypatch.setattr(start_module.fcntl, "flock", late)
     with start() as run:
         assert runs.is_locked(run.path)
         assert not runs.is_locked(moved)
@@ -280,7 +285,7 @@ def test_of_processes_that_start_one_run_at_once_one_writes(runs_folder: Path) -
     code = (
         "import sys, time\n"
         "from rlkit.config import resolve\n"
-        "from rlkit.recorder import open_run\n"
+        "from rlkit.start import open_run\n"
         "from rlkit.runs import RunError\n"
         "config = resolve('tiny-smoke', name='demo-s0')\n"
         "print('ready', flush=True)\n"
@@ -412,7 +417,7 @@ def test_readers_name_what_exists() -> None:
 WRITER = """
 import sys
 from rlkit.config import resolve
-from rlkit.recorder import open_run
+from rlkit.start import open_run
 import resource
 limit = int(sys.argv[1])
 run = open_run(resolve("tiny-smoke", name="demo-s0"), {}, max_steps=10**6)
