@@ -239,7 +239,10 @@ def test_a_start_that_was_cut_off_leaves_nothing_behind(
             # Only a changed environment is written when a run is resumed.
             open_run(SAVING, {"seed": 0, "torch_threads": 3}, max_steps=3)
             pytest.fail("it started all the same")
-    assert not any(thread.name == "rlkit-heartbeat" for thread in threading.enumerate())
+    for thread in threading.enumerate():
+        if thread.name == "rlkit-heartbeat":
+            thread.join(10)  # that of an ended run may be on its way out
+            assert not thread.is_alive()
     assert not runs.is_locked(runs.runs_dir() / "demo-s0")
     with start(SAVING) as run:
         assert (run.resume is not None) == resumed
@@ -289,7 +292,7 @@ def test_of_processes_that_start_one_run_at_once_one_writes(runs_folder: Path) -
         "from rlkit.runs import RunError\n"
         "config = resolve('tiny-smoke', name='demo-s0')\n"
         "print('ready', flush=True)\n"
-        "for line in sys.stdin:\n"
+        "for line in iter(sys.stdin.readline, ''):\n"
         "    time.sleep(max(0.0, float(line) - time.time()))\n"
         "    try:\n"
         "        run = open_run(config, {}, max_steps=3)\n"
@@ -298,7 +301,7 @@ def test_of_processes_that_start_one_run_at_once_one_writes(runs_folder: Path) -
         "        continue\n"
         "    with run:\n"
         "        print('writes', flush=True)\n"
-        "        time.sleep(0.5)\n"  # longer than the others wait for the lock
+        "        sys.stdin.readline()\n"  # holds the lock until all have answered
         "        run.close('failed')\n"
     )
     pipe = subprocess.PIPE
@@ -317,6 +320,7 @@ def test_of_processes_that_start_one_run_at_once_one_writes(runs_folder: Path) -
             print(at + delay, file=worker.stdin, flush=True)
         said = [worker.stdout.readline() for worker in workers if worker.stdout is not None]
         assert sorted(said) == ["refused\n", "refused\n", "writes\n"]
+        print(file=workers[said.index("writes\n")].stdin, flush=True)
         while runs.is_locked(runs_folder / "demo-s0"):
             time.sleep(0.01)
     for worker in workers:
