@@ -73,7 +73,8 @@ class Status:
         kind: ``rl`` or ``sft``.
         step: finished steps. max_steps: planned steps.
         heartbeat: Unix time of the last sign of life, written every few seconds.
-        data: hash of what the configuration only names or does not hold: weights, documents.
+        data: hash of what the configuration only names or does not hold: weights, problem rows,
+            documents.
         warnings: in the order in which they were given.
         checkpoint: name of the newest complete checkpoint; at the end, the final weights.
         resumed: steps after which the run was taken up again by another process.

@@ -48,7 +48,8 @@ def open_run(
         env: content of env.json.
         kind: ``rl`` or ``sft``.
         max_steps: planned steps.
-        data: hash of what the configuration only names or does not hold: weights, documents.
+        data: hash of what the configuration only names or does not hold: weights, problem rows,
+            documents.
         fresh: start again whatever exists.
 
     A run that is not continued is never overwritten or deleted: its folder is moved to
