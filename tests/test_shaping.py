@@ -357,6 +357,14 @@ def test_every_reward_keeps_the_contract(name):
     assert reward([], []) == []
 
 
+@pytest.mark.parametrize("name", REWARDS)
+def test_which_rewards_tell_one_wrong_answer_from_another(name):
+    """The last column of docs/rewards.md."""
+    wrong = [c for c in mixed_rows(2) if c.stop != "infra" and not is_correct(c, problem())]
+    differ = len(set(values(REWARDS[name], *wrong))) > 1
+    assert differ == (name in {"graded", "soft overlong", "cosine", "repetition"})
+
+
 def test_lengths_count_tool_output_as_the_budget_does():
     row = replace(completion(RIGHT), token_ids=(1,) * 10, loss_mask=(1,) * 4 + (0,) * 6)
     assert values(soft_overlong, row, max_length=10, cache=5) == [-1.0]
