@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 from rlkit.checks import ConfigError
 from rlkit.completion import THINK_CLOSE, THINK_OPEN, Completion
 from rlkit.config import RewardConfig
-from rlkit.exploits import Exploit, check_reward
+from rlkit.exploits import Exploit, RewardError, check_reward
 from rlkit.verify import Verdict, boxes, verify
 
 __all__ = [
@@ -229,10 +229,6 @@ def score(
         known = [w * v for w, v in terms if v is not None]
         total.append(math.fsum(known) if known else None)
     return total, parts
-
-
-class RewardError(ValueError):
-    """A reward function broke its contract."""
 
 
 def _check_values(name: str, values: object, count: int) -> None:
