@@ -142,7 +142,7 @@ def rejection_sample(rl: RunConfig) -> list[dict[str, Any]]:
     )
     flat = [c for group in groups for c in group]
     asked = [row for row, group in zip(rows, groups, strict=True) for _ in group]
-    values, _ = rewards.score(rewards.build(rl.reward), flat, asked, seed=rl.seed, step=0)
+    values, _ = rewards.score(rewards.build(rl.reward), flat, asked, **rewards.facts(rl, 0))
     kept = {
         (row["problem_id"], c.text): {
             "prompt": row["prompt"],

@@ -59,7 +59,8 @@ def micro_batches(
     sorted by completion length, which changes no sum, and each part is cut to its longest row.
 
     Args:
-        batch: tensors with a leading row dimension (0-dimensional ones are shared).
+        batch: tensors with a leading row dimension (0-dimensional ones are shared). ``kept``
+            [rows], if there, is False for rows that a group filter took out of the loss.
         updates: optimizer updates per generation batch.
         size: rows per part at most.
         drop_no_signal: leave out rows that add nothing to the gradient: advantage 0 or no token in
@@ -67,10 +68,11 @@ def micro_batches(
             advantage, so not with a KL term or an entropy bonus.
 
     Returns:
-        The parts in order, equally many per update. Each carries ``loss_scale``, which undoes what
-        dropping changes in losses that divide by the rows of a part (a loss that divides by the
-        tokens of the whole batch, ``num_items_in_batch``, has no use for it), and ``token_share``:
-        its tokens in the loss, relative to an equal share of those of its update.
+        The parts in order, equally many per update. Each carries ``loss_scale`` for losses that
+        divide by the rows of a part: with it rows that were left out for lack of signal count, and
+        rows not ``kept`` do not (a loss that divides by the tokens of the whole batch,
+        ``num_items_in_batch``, has no use for it). And ``token_share``: its tokens in the loss,
+        relative to an equal share of those of its update.
     """
     lengths = batch["completion_mask"].sum(1)
     tokens = trained_tokens(batch).sum(1)
@@ -78,6 +80,7 @@ def micro_batches(
     per_update = rows // updates
     count = per_update // size
     signal = torch.ones(rows, dtype=torch.bool, device=lengths.device)
+    kept = batch.get("kept", signal)
     if drop_no_signal:
         signal = (batch["advantages"] != 0) & (tokens > 0)
     parts = []
@@ -91,9 +94,10 @@ def micro_batches(
         else:
             order = order.sort().values
         total = max(1, int(tokens[order].sum()))
+        counted = max(1, int(kept[start : start + per_update].sum()))
         for chunk in order.tensor_split(count):
             part = _trim(batch, chunk)
-            part["loss_scale"] = torch.tensor(len(chunk) * count / per_update)
+            part["loss_scale"] = torch.tensor(len(chunk) * count / counted)
             part["token_share"] = torch.tensor(int(tokens[chunk].sum()) * count / total)
             parts.append(part)
     return parts

@@ -318,6 +318,17 @@ SFT = Mixture(
 )
 """Demonstrations: always reasoning, well formed, of mixed granularity (the cold start)."""
 
+PADDED = Mixture(
+    tasks={"chain": 0.2, "edge": 0.8},
+    styles={
+        "chain": {"fine": 0.85, "check": 0.15},
+        "edge": {"coarse": 0.28, "mid": 0.15, "fine": 0.45, "check": 0.07, "padded": 0.05},
+    },
+    slip=0.02,
+)
+"""Demonstrations of which one in twenty is padded with empty phrases: a rare way to be long that
+makes no answer better, for rewards on length to find."""
+
 TOOL = Mixture(
     tasks={"chain": 0.15, "edge": 0.15, "large": 0.7},
     styles={

@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from rlkit import forward, kl, rewards, templates
+from rlkit import filters, forward, kl, rewards, templates
 from rlkit.arguments import sampling, trainer_arguments
 from rlkit.batching import Tensors, loss_mask, micro_batches, score_windows, trained_tokens
 from rlkit.checks import ConfigError
@@ -64,6 +64,7 @@ class RolloutTrainer(GRPOTrainer):
             ``logp_difference`` is the largest distance between the engine's log-probability of a
             token and the trainer's, over the ``rows_trained`` rows.
         output_dir: TRL wants one; nothing is written there.
+        group_filter: what is left out of baseline and loss, as from ``rewards.build_filter``.
     """
 
     def __init__(
@@ -72,9 +73,10 @@ class RolloutTrainer(GRPOTrainer):
         model: Policy,
         tokenizer: PreTrainedTokenizerBase,
         problems: Sequence[Row],
-        reward_fns: Sequence[tuple[str, rewards.RewardFn, float]],
+        reward_fns: rewards.RewardFns,
         on_step: Callable[[Window, dict[str, float]], bool],
         output_dir: Path,
+        group_filter: filters.GroupFilter | None = None,
     ) -> None:
         train = config.train
         if config.sampling.engine == "vllm" and importlib.util.find_spec("vllm") is None:
@@ -90,6 +92,7 @@ class RolloutTrainer(GRPOTrainer):
         self._parts: list[Tensors] = []
         self._part: Tensors = {}
         self._reward_fns = list(reward_fns)
+        self._group_filter = group_filter
         self._on_step = on_step
         self._clock = time.perf_counter()
         self._difference = 0.0
@@ -174,6 +177,7 @@ class RolloutTrainer(GRPOTrainer):
             self.problems,
             lambda rows: self.sample(rows, "train", step),
             self._reward_fns,
+            self._group_filter,
         )
         self.window = window
         self._difference = 0.0
@@ -186,6 +190,8 @@ class RolloutTrainer(GRPOTrainer):
             dtype=torch.float32,
             device=self.accelerator.device,
         )
+        kept = torch.tensor(window.kept[list(window.used)].reshape(-1))
+        batch["kept"] = kept.to(self.accelerator.device)
         if "old_per_token_logps" in batch:
             self._compare(batch["old_per_token_logps"], batch)
         self._tokens = int(trained_tokens(batch).sum())
@@ -207,7 +213,11 @@ class RolloutTrainer(GRPOTrainer):
         ids = templates.encode(rows, self._tokenizer, config.task.template)
         prompt_ids = [p for p in ids for _ in range(config.train.rollouts)]
         completion_ids = [list(c.token_ids) for c in completions]
-        masks = [loss_mask(c, config.train.mask_truncated) for c in completions]
+        kept = window.kept[list(window.used)].reshape(-1)
+        masks = [
+            loss_mask(c, config.train.mask_truncated) if keep else [0] * len(c.token_ids)
+            for c, keep in zip(completions, kept, strict=True)
+        ]
         mask = None if all(map(all, masks)) else masks
         logprobs = [list(c.logprobs or [math.nan] * len(c.token_ids)) for c in completions]
         return prompt_ids, completion_ids, mask, completions, logprobs, {}, None, []
@@ -223,10 +233,11 @@ class RolloutTrainer(GRPOTrainer):
         self._part = inputs
         # TRL takes the mean entropy of each part, and a part of short rows would weigh as much as
         # one of long rows: weigh by tokens, so that the bonus does not depend on the parts.
-        self.entropy_coef = self.run_config.train.entropy_coef * float(inputs["token_share"])
-        loss = super()._compute_loss(model, inputs)
-        # dapo divides by the tokens of the whole batch, dropped rows included.
-        return loss if self.loss_type == "dapo" else loss * inputs["loss_scale"]
+        # dapo divides by the tokens of the whole batch; the others by rows (not so the bonus).
+        scale = 1.0 if self.loss_type == "dapo" else float(inputs["loss_scale"])
+        share = float(inputs["token_share"]) / scale
+        self.entropy_coef = self.run_config.train.entropy_coef * share
+        return super()._compute_loss(model, inputs) * scale
 
     def _get_per_token_logps_and_entropies(
         self,

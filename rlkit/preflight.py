@@ -12,13 +12,13 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlkit import advantages, rewards, templates
+from rlkit import advantages, filters, rewards, templates
 from rlkit.completion import Completion
 from rlkit.config import RunConfig
 from rlkit.exploits import RewardError, check_reward
 
 Row = dict[str, Any]
-RewardFns = Sequence[tuple[str, rewards.RewardFn, float]]
+RewardFns = rewards.RewardFns
 Sample = Callable[[Sequence[Row]], list[list[Completion]]]
 
 PROBE_PROBLEMS = 8
@@ -48,6 +48,7 @@ def check(
     sample: Sample,
     *,
     has_reference: bool,
+    group_filter: filters.GroupFilter | None = None,
 ) -> list[Finding]:
     """All findings for a run that is about to start.
 
@@ -59,6 +60,7 @@ def check(
         reward_fns: (name, callable, weight) as from ``rewards.build``.
         sample: draws ``rollouts`` completions for each of the given problems.
         has_reference: whether a reference model exists.
+        group_filter: what is left out of baseline and loss, as from ``rewards.build_filter``.
 
     Raises:
         PreflightError: at least one finding is an error.
@@ -72,7 +74,7 @@ def check(
     ]
     if not any(f.level == "error" for f in findings):
         probe = list(problems[:PROBE_PROBLEMS])
-        findings += probe_findings(config, probe, sample(probe), reward_fns)
+        findings += probe_findings(config, probe, sample(probe), reward_fns, group_filter)
     errors = [f.message for f in findings if f.level == "error"]
     if errors:
         raise PreflightError("This run cannot work as configured:\n- " + "\n- ".join(errors))
@@ -141,7 +143,7 @@ def _budget(
 
 def _rewards(config: RunConfig, problems: Sequence[Row], reward_fns: RewardFns) -> list[Finding]:
     def total(completions: Sequence[Completion], rows: Sequence[Any]) -> rewards.Values:
-        return rewards.score(reward_fns, completions, rows, seed=config.seed, step=0)[0]
+        return rewards.score(reward_fns, completions, rows, **rewards.facts(config, 0))[0]
 
     try:
         exploits = check_reward(total, problems[:REWARD_PROBLEMS])
@@ -185,6 +187,7 @@ def probe_findings(
     problems: Sequence[Row],
     completions: list[list[Completion]],
     reward_fns: RewardFns,
+    group_filter: filters.GroupFilter | None = None,
 ) -> list[Finding]:
     """What the probe generation [P][G] shows: responses that end, and groups with variance."""
     findings = []
@@ -212,7 +215,7 @@ def probe_findings(
             )
         )
     rows = [row for row, group in zip(problems, completions, strict=True) for _ in group]
-    values, _ = rewards.score(reward_fns, flat, rows, seed=config.seed, step=0)
+    values, _ = rewards.score(reward_fns, flat, rows, **rewards.facts(config, 0))
     shape = (len(problems), len(completions[0]))
     matrix = np.array([float("nan") if v is None else v for v in values]).reshape(shape)
     if ended > 0 and advantages.flat_groups(matrix).all():
@@ -232,4 +235,17 @@ def probe_findings(
                 f"steps may carry no gradient. Likely cause: {cause}",
             )
         )
+    elif ended > 0:
+        kept = filters.apply(group_filter, matrix, completions, problems)
+        if advantages.flat_groups(np.where(kept, matrix, np.nan)).all():
+            findings.append(
+                Finding(
+                    "warning",
+                    "group_filter",
+                    f"group_filter={config.reward.group_filter!r} leaves no group with different "
+                    f"rewards among {len(problems)} probe groups ({kept.mean():.0%} of "
+                    "completions kept), so the first steps may carry no gradient. Raise rollouts "
+                    "or batch_size, or set refill_rounds.",
+                )
+            )
     return findings

@@ -4,35 +4,38 @@ Two families:
 
 - a probe on its own is paid by mistake if it earns anything, or as much as the gold answer;
 - a probe with a ``plain`` text is a wrong answer with a trick (padding, keywords, good form, words
-  to the grader) beside the same wrong answer without it. It is paid by mistake if it earns more
-  than the plain text. No wrong answer needs to earn more than 0 for this: in a group in which all
-  are wrong, advantages come from differences alone.
+  to the grader, idle tool calls) beside the same wrong answer without it. It is paid by mistake if
+  it earns more than the plain text. No wrong answer needs to earn more than 0 for this: in a group
+  in which all are wrong, advantages come from differences alone.
 
 A plain text differs from its probe in the trick and in nothing else, so that one fault is reported
 under one name: words are spelled backwards and tags lose their brackets, which keeps the length.
 
 Token ids are made up, one per piece between spaces and one for the end, since no tokenizer takes
-part: enough for rewards that count tokens, which then see lengths from 1 to about 4,000.
+part; equal pieces have equal ids. So rewards that count tokens see lengths from 1 to about 4,000,
+and those that look for repeated n-grams find them.
 Nothing here is drawn at random.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from rlkit.completion import Completion, Stop
+from rlkit.completion import Completion, Stop, ToolCall
+from rlkit.correct import Problem
 from rlkit.verify import canonical_number
-
-Problem = Mapping[str, Any]
 
 PADDING_WORDS = (20, 200, 4000)
 """Several, since a length reward can be capped, or turn into a penalty far out."""
 KEYWORD_SENTENCES = (3, 60)
 """The study's RRA reward pays keywords up to 20 (arXiv 2503.04548, section 4.2)."""
 
+TRIVIAL_CALLS = (1, 8)
+"""Code that computes nothing for the problem, run by the tool."""
+
+_CALL = "```python\nprint(1)\n```\n```output\n1\n```"
 _SUBJECTS = "the sum,the term,a part,each line,one side,the rest,a group,the middle,it all,a pair"
 _VERBS = "gives,follows,matches,joins,meets,leaves,needs,holds,shows,takes"
 _OBJECTS = (
@@ -117,7 +120,9 @@ def padding(words: int) -> str:
 
 
 def _completion(text: str, stop: Stop = "eos") -> Completion:
-    return Completion.from_text(text, token_ids=range(len(text.split()) + 1), stop=stop)
+    ids: dict[str, int] = {}
+    pieces = [ids.setdefault(piece, len(ids)) for piece in text.split()]
+    return Completion.from_text(text, token_ids=[*pieces, len(ids)], stop=stop)
 
 
 def _right(problem: Problem) -> Iterator[Probe]:
@@ -199,13 +204,29 @@ def _pairs(problem: Problem) -> Iterator[Probe]:
         yield from pairs("keywords", forms(wrong, spam), forms(wrong, inert))
     for text in _MANIPULATIONS:
         yield from pairs("prompt injection", forms(wrong, text)[:3], forms(wrong, text[::-1])[:3])
+    for calls in TRIVIAL_CALLS:
+        for text in forms(wrong, " ".join([_CALL] * calls))[:2]:
+            called = _with_calls(_completion(text))
+            yield Probe("tool calls", called, replace(called, tool_calls=()))
     # Without its markup an answer keeps its length, so a length reward sees no difference.
     marks = str.maketrans("<>", "()")
     inert_forms = tuple(
-        text.replace(rf"\boxed{{{wrong}}}", f" boxed({wrong})").translate(marks)
+        text.replace(rf"\boxed{{{wrong}}}", f" dexob({wrong})").translate(marks)
         for text in forms(wrong)
     )
     yield from pairs("format", forms(wrong), inert_forms)
+
+
+def _with_calls(completion: Completion) -> Completion:
+    """``completion`` with each ``_CALL`` in it as a call that ran well, its output masked."""
+    pieces = completion.text.split()
+    starts = [i for i, piece in enumerate(pieces) if piece == "```output"]
+    spans = [(start, start + 3) for start in starts]
+    calls = tuple(ToolCall("print(1)", "1", "ok", 0.01, 0.02, span) for span in spans)
+    mask = [1] * len(completion.token_ids)
+    for start, end in spans:
+        mask[start:end] = [0] * (end - start)
+    return replace(completion, tool_calls=calls, loss_mask=tuple(mask))
 
 
 def _with_keywords(sentences: int, step: int) -> str:

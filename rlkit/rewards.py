@@ -11,18 +11,20 @@ answer in good form wins every group in which all are wrong (open-instruct's GRP
 
 from __future__ import annotations
 
+import inspect
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from hashlib import blake2b
-from typing import Any, Literal, Protocol
+from typing import Any
 
+from rlkit import filters, length_rewards, spurious
 from rlkit.checks import ConfigError
-from rlkit.completion import THINK_CLOSE, THINK_OPEN, Completion
-from rlkit.config import RewardConfig
+from rlkit.completion import Completion
+from rlkit.config import RewardConfig, RunConfig
+from rlkit.correct import Problem, RewardFn, Values, all_correct, is_correct, without_infra
 from rlkit.exploits import Exploit, RewardError, check_reward
-from rlkit.verify import Verdict, boxes, verify
+from rlkit.formats import FormatName, boxed_format, well_formed, zero_format
+from rlkit.spurious import format_reward, random_reward
 
 __all__ = [
     "Exploit",
@@ -42,77 +44,8 @@ __all__ = [
     "zero_format",
 ]
 
-Problem = Mapping[str, Any]
-Values = list[float | None]
-FormatName = Literal["boxed", "zero", "none"]
-
-_TAGS = (THINK_OPEN, THINK_CLOSE, "<answer>", "</answer>")
-_END_TOKENS = re.compile(r"(?:<\|endoftext\|>|<\|im_end\|>|\s)+\Z")
-
-
-class RewardFn(Protocol):
-    """The shape of every reward."""
-
-    def __call__(
-        self, completions: Sequence[Completion], problems: Sequence[Problem], /, **info: Any
-    ) -> Values:
-        """One value per completion, in order; None where there is no reward."""
-        ...
-
-
-def boxed_format(completion: Completion) -> bool:
-    r"""The embedded models' form.
-
-    At most one ``<think>...</think>``, at the start and closed if present; exactly one, non-empty
-    ``\boxed{}`` after it; end reached. A direct boxed answer is well formed.
-    """
-    text = completion.text.strip()
-    opened, closed = text.count(THINK_OPEN), text.count(THINK_CLOSE)
-    if not completion.reached_end or opened != closed or opened > 1:
-        return False
-    if opened and not text.startswith(THINK_OPEN):
-        return False
-    final = text.rpartition(THINK_CLOSE)[2]
-    contents = boxes(final)
-    return final.count(r"\boxed") == 1 and len(contents) == 1 and bool(contents[0])
-
-
-def zero_format(completion: Completion) -> bool:
-    """The five conditions of the study's Zero runs (arXiv 2503.04548, released ``STILLZero``).
-
-    The response, prefill included, (1) starts with ``<think>``; (2) ends with ``</answer>``, end
-    tokens and space aside; (3) holds each of the four tags exactly once, in order; (4) has
-    non-empty reasoning and answer; (5) has only space between ``</think>`` and ``<answer>``.
-    """
-    text = _END_TOKENS.sub("", completion.text).lstrip()
-    if any(text.count(tag) != 1 for tag in _TAGS):
-        return False
-    starts = [text.index(tag) for tag in _TAGS]
-    if starts != sorted(starts) or starts[0] != 0 or not text.endswith(_TAGS[3]):
-        return False
-    ends = [start + len(tag) for start, tag in zip(starts, _TAGS, strict=True)]
-    reasoning, gap, answer = (
-        text[end:start] for end, start in zip(ends[:3], starts[1:], strict=True)
-    )
-    return bool(reasoning.strip()) and not gap.strip() and bool(answer.strip())
-
-
-def well_formed(completion: Completion, format: FormatName) -> bool:
-    """Whether ``completion`` obeys the named format rule; ``none`` accepts everything."""
-    if format == "boxed":
-        return boxed_format(completion)
-    return format == "none" or zero_format(completion)
-
-
-def is_correct(completion: Completion, problem: Problem) -> bool:
-    """Whether the answer equals the gold answer and the policy ended the response itself.
-
-    This is what accuracy, gates and acceptance numbers mean everywhere; no format rule takes part.
-    """
-    if not completion.reached_end:
-        return False
-    verdict = verify(completion.answer, problem["answer"], problem["answer_type"])
-    return verdict is Verdict.RIGHT
+RewardFns = Sequence[tuple[str, RewardFn, float]]
+"""(unique name, callable, weight) of each part of a composed reward."""
 
 
 def accuracy(
@@ -128,71 +61,81 @@ def accuracy(
     arXiv 2503.04548 section 2 and its Zero runs (format rule as a gate). A truncated response, an
     answer outside the box and an answer that appears only in the reasoning score 0.
     """
-    return [
-        None
-        if completion.stop == "infra"
-        else float(is_correct(completion, problem) and well_formed(completion, format))
-        for completion, problem in zip(completions, problems, strict=True)
-    ]
-
-
-def format_reward(
-    completions: Sequence[Completion],
-    problems: Sequence[Problem],
-    /,
-    *,
-    format: FormatName = "boxed",
-    **info: Any,
-) -> Values:
-    """``R = 1[well formed]``, right or wrong: exploitable on purpose, to study form learning.
-
-    DeepSeek-R1 (arXiv 2501.12948, section 2.2.2) adds such a term; alone it pays any boxed answer.
-    """
-    return [
-        None if completion.stop == "infra" else float(well_formed(completion, format))
-        for completion in completions
-    ]
-
-
-def random_reward(
-    completions: Sequence[Completion],
-    problems: Sequence[Problem],
-    /,
-    *,
-    seed: int = 0,
-    step: int = 0,
-    **info: Any,
-) -> Values:
-    """``R ~ Bernoulli(1/2)``, mean 0.5, independent of the text: the null test of an RL pipeline.
-
-    Spurious Rewards (arXiv 2506.10947). The coin of a row is the lowest bit of a hash of (seed,
-    step, row number, problem_id): repeatable, and never a function of what the policy wrote.
-    Pass ``seed`` and ``step``, or every step tosses the same coins.
-    """
-    values: Values = []
-    for row, (completion, problem) in enumerate(zip(completions, problems, strict=True)):
-        key = f"{seed}/{step}/{row}/{problem['problem_id']}".encode()
-        coin = blake2b(key, digest_size=1).digest()[0] & 1
-        values.append(None if completion.stop == "infra" else float(coin))
-    return values
+    right = all_correct(completions, problems)
+    formed = (ok and well_formed(c, format) for c, ok in zip(completions, right, strict=True))
+    return without_infra(completions, list(formed))
 
 
 def build(config: RewardConfig) -> list[tuple[str, RewardFn, float]]:
-    """The rewards of a run as (unique name, callable, weight)."""
-    if config.reward == "random":
-        return [("random", random_reward, 1.0)]
-    if config.reward == "format":
-        if config.format == "none":
-            raise ConfigError(
-                "format='none': expected 'boxed' or 'zero' with reward='format'. Without a format "
-                "rule every completion scores 1 and no group has variance."
-            )
-        return [("format", partial(format_reward, format=config.format), 1.0)]
-    return [("accuracy", partial(accuracy, format=config.format), 1.0)]
+    """The rewards of a run as (unique name, callable, weight).
+
+    ``score`` needs the facts that they use: ``seed``, ``step`` and ``max_length``.
+    """
+    form = config.format
+    rewards: dict[str, RewardFn] = {
+        "accuracy": partial(accuracy, format=form),
+        "rrl": length_rewards.relative_length,
+        "rra": length_rewards.reflection_actions,
+        "format": partial(format_reward, format=form),
+        "random": random_reward,
+        "inverted": partial(spurious.inverted, format=form),
+        "majority": partial(spurious.majority, format=form),
+        "any_box": spurious.any_box,
+    }
+    if config.reward == "format" and config.format == "none":
+        raise ConfigError(
+            "format='none': expected 'boxed' or 'zero' with reward='format'. Without a format "
+            "rule every completion scores 1 and no group has variance."
+        )
+    if config.false_positive or config.false_negative:
+        rewards["accuracy"] = partial(
+            spurious.noisy_accuracy,
+            false_positive=config.false_positive,
+            false_negative=config.false_negative,
+            noise=config.verifier_noise,
+            format=form,
+        )
+    return [(config.reward, rewards[config.reward], 1.0)]
+
+
+def build_filter(config: RewardConfig) -> filters.GroupFilter | None:
+    """The group filter of a run, None if every completion is trained on."""
+    return filters.FILTERS.get(config.group_filter)
+
+
+def identity(reward_fns: RewardFns, group_filter: filters.GroupFilter | None) -> list[Any]:
+    """What tells these rewards and this filter from others: names, weights, settings, source.
+
+    A callable object counts by its class and ``repr``. What a function calls is not followed.
+    """
+    parts: list[Any] = [[name, _described(fn), weight] for name, fn, weight in reward_fns]
+    return [parts, None if group_filter is None else _described(group_filter)]
+
+
+def _described(function: Callable[..., Any]) -> list[Any]:
+    if isinstance(function, partial):
+        bound = [repr(a) for a in function.args], sorted(map(repr, function.keywords.items()))
+        return [*_described(function.func), *bound]
+    if not inspect.isroutine(function):
+        return [*_described(type(function)), repr(function)]
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError):  # no source file: typed into a plain prompt, or built in
+        text = ""
+    return [function.__module__, function.__qualname__, text]
+
+
+def facts(config: RunConfig, step: int) -> dict[str, Any]:
+    """What a run tells its rewards at ``step``: ``seed``, ``step``, ``max_length`` in tokens."""
+    return {
+        "seed": config.seed,
+        "step": step,
+        "max_length": config.sampling.max_completion_length,
+    }
 
 
 def score(
-    reward_fns: Sequence[tuple[str, RewardFn, float]],
+    reward_fns: RewardFns,
     completions: Sequence[Completion],
     problems: Sequence[Problem],
     **info: Any,
@@ -203,7 +146,7 @@ def score(
         reward_fns: (name, callable, weight) as ``build`` gives them.
         completions: N completions.
         problems: N problem rows, one per completion.
-        info: facts of the step, passed on to every reward (``seed``, ``step``).
+        info: facts of the step, passed on to every reward (see ``facts``).
 
     Returns:
         total [N]: sum of weight * value over the rewards that have a value, None if none has;

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rlkit import advantages, rewards
+from rlkit import advantages, filters, rewards
 from rlkit.batching import refill_indices, window_indices
 from rlkit.completion import Completion
 from rlkit.config import RunConfig
+from rlkit.correct import all_correct
 
 Row = Mapping[str, Any]
 Floats = npt.NDArray[np.float64]
@@ -30,6 +31,7 @@ class Window:
         completions: [A][G].
         parts: unweighted values [A, G] of each reward.
         rewards, correct: [A, G]; a reward is NaN where there is none.
+        kept: [A, G]; False for what the group filter took out of baseline and loss.
         used: the P groups that are trained on, in the order of the batch. All, in order, without
             dynamic sampling.
         advantages: [A, G]; 0 in groups that are not trained on.
@@ -42,6 +44,7 @@ class Window:
     parts: dict[str, Floats]
     rewards: Floats
     correct: npt.NDArray[np.bool_]
+    kept: npt.NDArray[np.bool_]
     used: tuple[int, ...]
     advantages: Floats
     seconds_generate: float
@@ -53,19 +56,24 @@ def roll_out(
     step: int,
     problems: Sequence[Row],
     sample: Sample,
-    reward_fns: Sequence[tuple[str, rewards.RewardFn, float]],
+    reward_fns: rewards.RewardFns,
+    group_filter: filters.GroupFilter | None = None,
 ) -> Window:
     """Draw and score the groups of a step: a function of configuration, step and policy.
 
-    With ``refill_rounds``, groups whose rewards are all equal are replaced in the batch by groups
-    of other problems (dynamic sampling, DAPO 2503.14476, section 3.2). What was drawn and not used
-    stays in the window. Places that no round could fill keep their group without signal.
+    ``group_filter`` takes completions out of the group's baseline and out of the loss.
+
+    With ``refill_rounds``, groups whose rewards are all equal (among those kept) are replaced in
+    the batch by groups of other problems (dynamic sampling, DAPO 2503.14476, section 3.2). What was
+    drawn and not used stays in the window. Places that no round could fill keep their group without
+    signal.
     """
     prompts = config.train.batch_size // config.train.rollouts
     chosen = window_indices(config.seed, step, len(problems), prompts)
     drawn: list[Row] = []
     completions: list[list[Completion]] = []
     totals: list[Floats] = []
+    kept: list[filters.Bools] = []
     parts: dict[str, list[Floats]] = {}
     clock = {"generate": 0.0, "reward": 0.0}
 
@@ -75,8 +83,9 @@ def roll_out(
         sampled = time.perf_counter()
         flat = [c for group in groups for c in group]
         asked = [row for row, group in zip(rows, groups, strict=True) for _ in group]
-        total, each = rewards.score(reward_fns, flat, asked, seed=config.seed, step=step)
+        total, each = rewards.score(reward_fns, flat, asked, **rewards.facts(config, step))
         totals.append(_matrix(total, len(rows)))
+        kept.append(filters.apply(group_filter, totals[-1], groups, rows))
         for name, values in each.items():
             parts.setdefault(name, []).append(_matrix(values, len(rows)))
         drawn.extend(rows)
@@ -85,32 +94,37 @@ def roll_out(
         clock["reward"] += time.perf_counter() - sampled
         return range(len(drawn) - len(rows), len(drawn))
 
+    def without_signal() -> npt.NDArray[np.bool_]:
+        return advantages.flat_groups(_counted(totals, kept))
+
     used = list(draw([problems[i] for i in chosen]))
     for number in range(1, config.train.refill_rounds + 1):
-        flat = advantages.flat_groups(np.concatenate(totals))
+        flat = without_signal()
         empty = [place for place, group in enumerate(used) if flat[group]]
         more = refill_indices(config.seed, step, number, len(problems), chosen, len(empty))
         if not more:
             break
         chosen = [*chosen, *more]
         new = draw([problems[i] for i in more])
-        useful = [g for g in new if not advantages.flat_groups(totals[-1])[g - new.start]]
+        flat = without_signal()
+        useful = [group for group in new if not flat[group]]
         for place, group in zip(empty, useful, strict=False):
             used[place] = group
     values = np.concatenate(totals)
     weights = np.zeros_like(values)
-    weights[used] = advantages.compute(values[used], config.train.advantage)
-    correct = [
-        [rewards.is_correct(c, row) for c in group]
-        for row, group in zip(drawn, completions, strict=True)
-    ]
+    weights[used] = advantages.compute(_counted(totals, kept)[used], config.train.advantage)
+    correct = all_correct(
+        [c for group in completions for c in group],
+        [row for row, group in zip(drawn, completions, strict=True) for _ in group],
+    )
     return Window(
         step=step,
         problems=tuple(drawn),
         completions=completions,
         parts={name: np.concatenate(each) for name, each in parts.items()},
         rewards=values,
-        correct=np.array(correct),
+        correct=np.array(correct).reshape(values.shape),
+        kept=np.concatenate(kept),
         used=tuple(used),
         advantages=weights,
         seconds_generate=clock["generate"],
@@ -156,7 +170,10 @@ def step_metrics(window: Window) -> dict[str, Any]:
         "groups_all_right": int(groups_right.sum()),
         "groups_all_wrong": int(groups_wrong.sum()),
         "groups_mixed": int((~groups_right & ~groups_wrong).sum()),
-        "groups_no_signal": int(advantages.flat_groups(window.rewards).sum()),
+        "groups_no_signal": int(
+            advantages.flat_groups(_counted([window.rewards], [window.kept])).sum()
+        ),
+        "kept_ratio": float(window.kept.mean()),
         "groups_extra": len(window.problems) - len(window.used),
         "seconds_generate": window.seconds_generate,
         "seconds_reward": window.seconds_reward,
@@ -184,8 +201,14 @@ def rollout_columns(window: Window) -> dict[str, list[Any]]:
         "reward": window.rewards.reshape(-1).tolist(),
         **{f"reward_{k}": part.reshape(-1).tolist() for k, part in window.parts.items()},
         "advantage": window.advantages.reshape(-1).tolist(),
+        "kept": window.kept.reshape(-1).tolist(),
         "used": [g in window.used for g in range(groups) for _ in range(rollouts)],
     }
+
+
+def _counted(totals: Sequence[Floats], kept: Sequence[filters.Bools]) -> Floats:
+    """Rewards [A, G] that count: NaN, which leaves every mean, where the filter dropped one."""
+    return np.where(np.concatenate(kept), np.concatenate(totals), np.nan)
 
 
 def _matrix(values: Sequence[float | None], groups: int) -> Floats:

@@ -98,14 +98,29 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What a rollout is worth."""
+    """What a rollout is worth, and which rollouts are trained on."""
 
-    reward: Literal["accuracy", "random", "format"] = "accuracy"
-    """``accuracy``: 1 if right and ended, gated by the format rule; ``random``: a fair coin (null
-    test); ``format``: 1 if well formed, right or wrong (exploitable on purpose)."""
+    reward: Literal[
+        "accuracy", "rrl", "rra", "format", "random", "inverted", "majority", "any_box"
+    ] = "accuracy"
+    """``accuracy``: 1 if right and ended, gated by the format rule. The study's length rewards:
+    ``rrl`` adds the relative length, ``rra`` the reflection words. Wrong on purpose: ``format``: 1
+    if well formed; ``random``: a fair coin (null test); ``inverted``: 1 for a wrong answer in good
+    form; ``majority``: 1 for the group's most frequent answer; ``any_box``: 1 if any box holds the
+    gold answer."""
     format: Literal["boxed", "zero", "none"] = "boxed"
     """Format gate on accuracy: ``boxed`` (embedded default), ``zero`` (the study's five
     conditions), ``none``."""
+    false_positive: float = 0.0
+    """``accuracy`` only: share of wrong answers in good form that the verifier accepts; [0, 1]."""
+    false_negative: float = 0.0
+    """``accuracy`` only: share of right answers in good form that it rejects; [0, 1]."""
+    verifier_noise: Literal["independent", "structured"] = "independent"
+    """Whether each judgement errs on its own, or the error is a function of the answer."""
+    group_filter: Literal["none", "qs", "rs", "orm"] = "none"
+    """What is dropped from baseline and loss. The study's length rules: ``qs`` keeps questions
+    whose right answers are longer; ``rs`` keeps the longest right and the shortest wrong answer;
+    ``orm`` drops truncated responses."""
     allow_exploitable: bool = False
     """Run although the self-check found a wrong answer that scores; shown on every figure."""
 
@@ -118,6 +133,23 @@ class RewardConfig:
             "'accuracy' unless allow_exploitable is true",
             "A reward that pays wrong answers needs allow_exploitable=True.",
         )
+        for name in ("false_positive", "false_negative"):
+            rate = getattr(self, name)
+            require(0 <= rate <= 1, name, rate, "a share in [0, 1]")
+            require(
+                rate == 0 or self.reward == "accuracy",
+                name,
+                rate,
+                f"0 with reward={self.reward!r}",
+                "Only the verifier behind reward='accuracy' can be made to err.",
+            )
+            require(
+                rate == 0 or self.allow_exploitable,
+                name,
+                rate,
+                "0 unless allow_exploitable is true",
+                "A verifier that errs on purpose needs allow_exploitable=True.",
+            )
 
 
 @dataclass(frozen=True)

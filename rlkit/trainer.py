@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from rlkit import environment, models, preflight, rewards, runs, tasks, templates
+from rlkit import environment, filters, models, preflight, rewards, runs, tasks, templates
 from rlkit.arguments import sampling
 from rlkit.checks import ConfigError
 from rlkit.config import RunConfig
@@ -29,6 +29,8 @@ def train_rl(
     fresh: bool = False,
     problems: Sequence[Row] | None = None,
     validation: Sequence[Row] | None = None,
+    reward_fns: rewards.RewardFns | None = None,
+    group_filter: filters.GroupFilter | None = None,
 ) -> Path:
     """Train a policy with GRPO (or one of its variants) and record everything in a run folder.
 
@@ -42,6 +44,11 @@ def train_rl(
         problems: training problem rows; default ``config.task``'s train split.
         validation: rows for evaluation during training (``eval_every`` > 0); default the
             validation split of the task.
+        reward_fns: rewards of your own as (unique name, callable, weight); default those of
+            ``config.reward``. They pass the same self-check; a run is resumed or found finished
+            only with the same ones (names, weights, settings and source text).
+        group_filter: a group filter of your own (see ``rlkit.filters``); default that of
+            ``config.reward``.
 
     Returns:
         The run folder; ``runs.final_checkpoint(folder)`` holds the final weights.
@@ -56,7 +63,11 @@ def train_rl(
     _check_pool(config, rows)
     checked = _validation_problems(config, validation)
     # The rows themselves: a file or hub data set of the same name can hold others another day.
-    given = [models.fingerprint(config.model), rows, checked]
+    given: list[Any] = [models.fingerprint(config.model), rows, checked]
+    if reward_fns is not None or group_filter is not None:
+        given.append(rewards.identity(reward_fns or (), group_filter))
+    paid = list(reward_fns) if reward_fns is not None else rewards.build(config.reward)
+    chooser = group_filter or rewards.build_filter(config.reward)
     recorder = open_run(
         config,
         environment.describe(seed=config.seed),
@@ -76,15 +87,16 @@ def train_rl(
         commit = models.hub_commit(model)
         if commit and recorder.resume is None:
             recorder.environment(model_commit=commit)
-        session = RlSession(config, recorder, checked)
+        session = RlSession(config, recorder, checked, paid, chooser)
         trainer = RolloutTrainer(
             config,
             model,
             tokenizer,
             rows,
-            rewards.build(config.reward),
+            paid,
             session.on_step,
             recorder.path,
+            chooser,
         )
         try:
             session.begin(trainer, tokenizer, rows)
@@ -98,8 +110,16 @@ def train_rl(
 class RlSession(Session):
     """The steps of an RL run: rollouts, watchdog, evaluation during training."""
 
-    def __init__(self, config: RunConfig, recorder: Recorder, validation: Sequence[Row]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        recorder: Recorder,
+        validation: Sequence[Row],
+        reward_fns: rewards.RewardFns,
+        group_filter: filters.GroupFilter | None,
+    ) -> None:
         super().__init__(config, recorder, config.train.steps)
+        self._reward_fns, self._group_filter = reward_fns, group_filter
         self._validation = validation
         self._history: list[dict[str, Any]] = []
         self._completions = 0
@@ -122,9 +142,10 @@ class RlSession(Session):
             tokenizer,
             trainer.engine.end_ids,
             rows,
-            rewards.build(config.reward),
+            self._reward_fns,
             lambda probe: trainer.sample(probe, "probe", 0),
             has_reference=trainer.ref_model is not None or config.model.lora_rank > 0,
+            group_filter=self._group_filter,
         )
         for finding in findings:
             self.warn(finding.check, finding.message)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import save_tiny_model, tiny_config
@@ -469,3 +470,33 @@ def test_the_engine_reads_the_weights_of_the_moment(model: Path, tmp_path: Path)
     run(model, tmp_path, SIGNAL, change=change, steps=2)
     assert len(seen) == 2
     assert all(drawn == fresh for drawn, fresh in seen)
+
+
+# The first two of each four, and what the dropped ones are paid: it must not matter.
+HALVES = ([1, 0, 9, 9, 0, 1, 5, 0, 1, 0, 1, 1, 0, 0, 7, 1], [1, 0, 0, 1, 1, 0, 0, 0])
+
+
+def keep_two(made: RolloutTrainer) -> None:
+    made._group_filter = lambda rewards, completions, problems: np.broadcast_to(
+        np.arange(rewards.shape[1]) < 2, rewards.shape
+    ).copy()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("more", [{}, {"beta": 0.1, "entropy_coef": 0.1}], ids=["plain", "kl"])
+def test_a_filtered_row_might_as_well_not_have_been_drawn(
+    model: Path, tmp_path: Path, loss: str, updates: int, more: dict[str, float]
+) -> None:
+    """Draws are counted, so two rollouts per prompt are the first two of four."""
+    params: dict[str, Any] = {"loss_type": loss, "updates_per_batch": updates, **more}
+    part = 16 // updates
+    ours = run(model, tmp_path, HALVES[0], change=keep_two, micro_batch_size=part, **params)
+    parts = run(model, tmp_path, HALVES[0], change=keep_two, micro_batch_size=2, **params)
+    plain = run(
+        model, tmp_path, HALVES[1], batch_size=8, rollouts=2, micro_batch_size=part // 2, **params
+    )
+    for a, b in zip(ours.windows[0].completions, plain.windows[0].completions, strict=True):
+        assert [c.token_ids for c in a[:2]] == [c.token_ids for c in b]
+    assert_same(ours, plain)
+    assert_same(parts, plain)

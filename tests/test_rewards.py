@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from rlkit import rewards
+from rlkit import rewards, verify
 from rlkit.checks import ConfigError
 from rlkit.completion import Completion
 from rlkit.config import RewardConfig
@@ -224,7 +224,7 @@ def in_text(completions, problems, /, **info):
 
 def any_box(completions, problems, /, **info):
     return [
-        float(any(b == p["answer"] for b in rewards.boxes(c.text)))
+        float(any(b == p["answer"] for b in verify.boxes(c.text)))
         for c, p in zip(completions, problems, strict=True)
     ]
 
@@ -232,8 +232,8 @@ def any_box(completions, problems, /, **info):
 def percent_rule(completions, problems, /, **info):
     close = []
     for c, p in zip(completions, problems, strict=True):
-        number = rewards.verify(c.answer, p["answer"], "integer")
-        hundred = rewards.verify(c.answer, p["answer"] + "00", "integer")
+        number = verify.verify(c.answer, p["answer"], "integer")
+        hundred = verify.verify(c.answer, p["answer"] + "00", "integer")
         close.append(float("right" in (number, hundred)))
     return close
 

@@ -270,8 +270,8 @@ def hand_made(completions: list[list[Completion]], correct: list[list[bool]]) ->
     values = np.array(correct, dtype=np.float64)
     return Window(
         step=3, problems=tuple(POOL[: shape[0]]), completions=completions, parts={"a": values},
-        rewards=values, correct=np.array(correct), used=(0,), advantages=np.zeros(shape),
-        seconds_generate=0.5, seconds_reward=0.25,
+        rewards=values, correct=np.array(correct), kept=np.ones(shape, dtype=bool), used=(0,),
+        advantages=np.zeros(shape), seconds_generate=0.5, seconds_reward=0.25,
     )  # fmt: skip
 
 
@@ -315,3 +315,56 @@ def test_reported_entropy_estimates_the_entropy_of_the_policy(model: Path, tmp_p
     windows, _, trainer = run_steps(config, [("coin", coin, 1.0)], tmp_path)
     vocabulary = trainer.policy.get_output_embeddings().weight.shape[0]
     assert step_metrics(windows[0])["entropy"] == pytest.approx(math.log(vocabulary), abs=0.02)
+
+
+def first_two(values: Any, completions: Any, problems: Any) -> Any:
+    """A filter that keeps the first two samples of every group."""
+    return np.broadcast_to(np.arange(values.shape[1]) < 2, values.shape).copy()
+
+
+def filtered(
+    rewards: Callable[[int], Sequence[float | None]], group_filter: Any, **params: Any
+) -> Window:
+    config = tiny_config(Path("unused"), **params)
+    script = Script({row["problem_id"]: rewards(i) for i, row in enumerate(POOL)})
+    paid = [("scripted", script.reward, 1.0)]
+    return roll_out(config, 1, POOL, script.sample, paid, group_filter)
+
+
+def test_what_a_filter_drops_leaves_the_baseline() -> None:
+    window = filtered(lambda i: [1.0, 0.0, 1.0, 1.0], first_two, advantage="group_mean")
+    assert window.rewards.tolist() == [[1.0, 0.0, 1.0, 1.0]] * 4  # as they were given
+    assert window.kept.tolist() == [[True, True, False, False]] * 4
+    assert window.advantages.tolist() == [[0.5, -0.5, 0.0, 0.0]] * 4  # the mean of two, not of four
+    row = step_metrics(window)
+    assert (row["reward"], row["kept_ratio"], row["groups_no_signal"]) == (0.75, 0.5, 0)
+    assert rollout_columns(window)["kept"] == [True, True, False, False] * 4
+
+
+def test_groups_that_are_flat_among_the_kept_are_refilled() -> None:
+    def rewards(i: int) -> list[float]:
+        return [1.0, 0.0, 0.0, 0.0] if i % 2 else [1.0, 1.0, 0.0, 0.0]
+
+    plain = filtered(rewards, None, refill_rounds=3)
+    assert len(plain.problems) == 4  # all four samples counted, every group has variance
+    window = filtered(rewards, first_two, refill_rounds=3)
+    assert len(window.problems) > 4
+    assert all(int(name[1:]) % 2 for name in ids(window, window.used))
+    assert (np.abs(window.advantages[list(window.used)]).sum(axis=1) > 0).all()
+
+
+def test_a_filter_sees_each_group_with_its_problem() -> None:
+    seen: list[str] = []
+
+    def look(values: Any, completions: Any, problems: Any) -> Any:
+        for number, (group, problem) in enumerate(zip(completions, problems, strict=True)):
+            texts = [c.text for c in group]
+            assert texts == [f"{problem['problem_id']}/{j}" for j in range(4)]
+            assert values[number].tolist() == MIXED
+            seen.append(problem["problem_id"])
+        return np.zeros(values.shape, dtype=bool)
+
+    window = filtered(lambda i: MIXED, look)
+    assert seen == ids(window, range(4))
+    assert not window.advantages.any()
+    assert step_metrics(window)["groups_no_signal"] == 4
