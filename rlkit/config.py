@@ -57,6 +57,13 @@ class RunConfig:
             f"at least batch_size / rollouts = {prompts}",
             "A step needs that many different prompts.",
         )
+        budget = self.sampling.max_completion_length
+        require(
+            self.reward.overlong_weight == 0 or self.reward.overlong_cache <= budget,
+            "overlong_cache",
+            self.reward.overlong_cache,
+            f"at most max_completion_length={budget}",
+        )
 
     def to_json(self) -> str:
         """Canonical JSON; ``RunConfig.from_json`` inverts it exactly."""

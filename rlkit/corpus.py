@@ -318,6 +318,12 @@ SFT = Mixture(
 )
 """Demonstrations: always reasoning, well formed, of mixed granularity (the cold start)."""
 
+PADDING = Mixture(
+    tasks={"chain": 0.2, "edge": 0.8},
+    styles={"chain": {"fine": 1.0}, "edge": {"fine": 0.3, "padded": 0.6, "check": 0.1}},
+)
+"""So many padded documents that padded work is learned as well as plain work is."""
+
 PADDED = Mixture(
     tasks={"chain": 0.2, "edge": 0.8},
     styles={

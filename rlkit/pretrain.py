@@ -27,7 +27,17 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from rlkit import gate
 from rlkit.cards import card
-from rlkit.corpus import BASE, CURRICULUM, PADDED, SFT, TOOL, Document, Mixture, draw_document
+from rlkit.corpus import (
+    BASE,
+    CURRICULUM,
+    PADDED,
+    PADDING,
+    SFT,
+    TOOL,
+    Document,
+    Mixture,
+    draw_document,
+)
 from rlkit.paths import data_dir, runs_dir
 from rlkit.tasks import held_out_expressions
 from rlkit.tokenizer import build_tokenizer, load_tokenizer
@@ -73,7 +83,12 @@ RECIPES = {
     ),
     "tiny-sft": Recipe("tiny-sft", (Stage(SFT, 2, 2.5e-4, equal_tokens=True),), start="tiny-base"),
     "tiny-padded": Recipe(
-        "tiny-padded", (Stage(PADDED, 1, 2.5e-4, equal_tokens=True),), start="tiny-sft"
+        "tiny-padded",
+        (
+            Stage(PADDING, 1, 5e-4, equal_tokens=True),
+            Stage(PADDED, 2, 2.5e-4, equal_tokens=True),
+        ),
+        start="tiny-sft",
     ),
     "tiny-tool": Recipe("tiny-tool", (Stage(TOOL, 3, 5e-4, equal_tokens=True),), start="tiny-base"),
 }

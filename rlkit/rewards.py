@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from rlkit import filters, length_rewards, spurious
+from rlkit import filters, length_rewards, shaping, spurious, tool_rewards
 from rlkit.checks import ConfigError
 from rlkit.completion import Completion
 from rlkit.config import RewardConfig, RunConfig
@@ -74,6 +74,8 @@ def build(config: RewardConfig) -> list[tuple[str, RewardFn, float]]:
     form = config.format
     rewards: dict[str, RewardFn] = {
         "accuracy": partial(accuracy, format=form),
+        "graded": shaping.graded,
+        "cosine": shaping.cosine_length,
         "rrl": length_rewards.relative_length,
         "rra": length_rewards.reflection_actions,
         "format": partial(format_reward, format=form),
@@ -95,7 +97,17 @@ def build(config: RewardConfig) -> list[tuple[str, RewardFn, float]]:
             noise=config.verifier_noise,
             format=form,
         )
-    return [(config.reward, rewards[config.reward], 1.0)]
+    parts: list[tuple[str, RewardFn, float]] = [(config.reward, rewards[config.reward], 1.0)]
+    overlong = partial(shaping.soft_overlong, cache=config.overlong_cache)
+    repetition = partial(shaping.repetition_penalty, ngram=config.repetition_ngram)
+    failing = partial(tool_rewards.failing_code, penalty=-1.0)
+    parts += [
+        ("overlong", overlong, config.overlong_weight),
+        ("repetition", repetition, config.repetition_weight),
+        ("tool_use", shaping.on_right(tool_rewards.tool_use), config.tool_use_weight),
+        ("failing_code", failing, config.failing_code_weight),
+    ]
+    return [part for part in parts if part[2]]
 
 
 def build_filter(config: RewardConfig) -> filters.GroupFilter | None:
@@ -106,23 +118,28 @@ def build_filter(config: RewardConfig) -> filters.GroupFilter | None:
 def identity(reward_fns: RewardFns, group_filter: filters.GroupFilter | None) -> list[Any]:
     """What tells these rewards and this filter from others: names, weights, settings, source.
 
-    A callable object counts by its class and ``repr``. What a function calls is not followed.
+    Functions count by their source text, callable objects by that of their class and their
+    attributes. What a function calls in turn is not followed.
     """
     parts: list[Any] = [[name, _described(fn), weight] for name, fn, weight in reward_fns]
-    return [parts, None if group_filter is None else _described(group_filter)]
+    return [parts, _described(group_filter)]
 
 
-def _described(function: Callable[..., Any]) -> list[Any]:
-    if isinstance(function, partial):
-        bound = [repr(a) for a in function.args], sorted(map(repr, function.keywords.items()))
-        return [*_described(function.func), *bound]
-    if not inspect.isroutine(function):
-        return [*_described(type(function)), repr(function)]
+def _described(value: Any) -> Any:
+    if isinstance(value, partial):
+        bound = [_described(a) for a in value.args]
+        return [_described(value.func), bound, _described(value.keywords)]
+    if isinstance(value, Mapping):
+        return [[repr(key), _described(value[key])] for key in sorted(value, key=repr)]
+    if not callable(value):
+        return repr(value)
+    if not inspect.isroutine(value) and not inspect.isclass(value):
+        return [_described(type(value)), _described(vars(value))]
     try:
-        text = inspect.getsource(function)
+        text = inspect.getsource(value)
     except (OSError, TypeError):  # no source file: typed into a plain prompt, or built in
         text = ""
-    return [function.__module__, function.__qualname__, text]
+    return [value.__module__, value.__qualname__, text]
 
 
 def facts(config: RunConfig, step: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from rlkit.checks import require
 from rlkit.completion import Completion
-from rlkit.rewards import Problem, RewardFn, Values, is_correct
+from rlkit.correct import Problem, RewardFn, Values, is_correct
 
 __all__ = [
     "Gate",
@@ -94,7 +94,7 @@ def soft_overlong(
     problems: Sequence[Problem],
     /,
     *,
-    max_length: int,
+    max_length: int = 0,
     cache: int,
     **info: Any,
 ) -> Values:
@@ -141,7 +141,7 @@ def cosine_length(
     problems: Sequence[Problem],
     /,
     *,
-    max_length: int,
+    max_length: int = 0,
     right_short: float = 2.0,
     right_long: float = 1.0,
     wrong_short: float = -10.0,

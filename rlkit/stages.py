@@ -101,13 +101,15 @@ class RewardConfig:
     """What a rollout is worth, and which rollouts are trained on."""
 
     reward: Literal[
-        "accuracy", "rrl", "rra", "format", "random", "inverted", "majority", "any_box"
-    ] = "accuracy"
-    """``accuracy``: 1 if right and ended, gated by the format rule. The study's length rewards:
-    ``rrl`` adds the relative length, ``rra`` the reflection words. Wrong on purpose: ``format``: 1
-    if well formed; ``random``: a fair coin (null test); ``inverted``: 1 for a wrong answer in good
-    form; ``majority``: 1 for the group's most frequent answer; ``any_box``: 1 if any box holds the
-    gold answer."""
+        "accuracy", "graded", "cosine", "rrl", "rra",
+        "format", "random", "inverted", "majority", "any_box",
+    ] = "accuracy"  # fmt: skip
+    """``accuracy``: 1 if right and ended, gated by the format rule. ``graded``: right 1, wrong -1,
+    unboxed -2 (STILL-3-1.5B); ``cosine``: right answers better short, wrong ones better long. The
+    study's length rewards: ``rrl`` adds the relative length, ``rra`` the reflection words. Wrong on
+    purpose: ``format``: 1 if well formed; ``random``: a fair coin (null test); ``inverted``: 1 for
+    a wrong answer in good form; ``majority``: 1 for the group's most frequent answer; ``any_box``:
+    1 if any box holds the gold answer. Formulas: docs/rewards.md."""
     format: Literal["boxed", "zero", "none"] = "boxed"
     """Format gate on accuracy: ``boxed`` (embedded default), ``zero`` (the study's five
     conditions), ``none``."""
@@ -117,6 +119,18 @@ class RewardConfig:
     """``accuracy`` only: share of right answers in good form that it rejects; [0, 1]."""
     verifier_noise: Literal["independent", "structured"] = "independent"
     """Whether each judgement errs on its own, or the error is a function of the answer."""
+    overlong_weight: float = 0.0
+    """Weight of DAPO's soft overlong punishment (-1 to 0) in the sum, in [0, 1)."""
+    overlong_cache: int = 16
+    """Tokens before ``max_completion_length`` over which that punishment grows; >= 1."""
+    repetition_weight: float = 0.0
+    """Weight of the repetition penalty (-1 to 0) in the sum, in [0, 1)."""
+    repetition_ngram: int = 20
+    """Tokens that must repeat to be punished; >= 1."""
+    tool_use_weight: float = 0.0
+    """Weight of the bonus for working code in right answers (0 to 1) in the sum, in [0, 1)."""
+    failing_code_weight: float = 0.0
+    """Weight of the penalty for a response with failing code (-1 or 0) in the sum, in [0, 1)."""
     group_filter: Literal["none", "qs", "rs", "orm"] = "none"
     """What is dropped from baseline and loss. The study's length rules: ``qs`` keeps questions
     whose right answers are longer; ``rs`` keeps the longest right and the shortest wrong answer;
@@ -133,6 +147,17 @@ class RewardConfig:
             "'accuracy' unless allow_exploitable is true",
             "A reward that pays wrong answers needs allow_exploitable=True.",
         )
+        for name in ("overlong", "repetition", "tool_use", "failing_code"):
+            weight = getattr(self, f"{name}_weight")
+            require(
+                0 <= weight < 1,
+                f"{name}_weight",
+                weight,
+                "a weight in [0, 1)",
+                "From 1 on, a right answer could earn no more than a wrong one.",
+            )
+        for name in ("overlong_cache", "repetition_ngram"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         for name in ("false_positive", "false_negative"):
             rate = getattr(self, name)
             require(0 <= rate <= 1, name, rate, "a share in [0, 1]")

@@ -119,7 +119,7 @@ def _same_run(path: Path, config: RunConfig, kind: str, data: str) -> Status | N
     before, after = flat(old), flat(config)
     changed = [f"{k}: {before[k]!r} -> {after[k]!r}" for k in after if before[k] != after[k]]
     changed += [f"kind: {status.kind} -> {kind}"] if status.kind != kind else []
-    changed += ["other weights, problems or documents"] if status.data != data else []
+    changed += ["other weights, problems, rewards or documents"] if status.data != data else []
     raise RunError(
         f"run {config.name!r} exists with another configuration ({'; '.join(changed)}). Choose "
         "another name, or pass fresh=True to move the old run aside."

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from rlkit.checks import require
 from rlkit.completion import Completion
-from rlkit.rewards import Problem, Values
+from rlkit.correct import Problem, Values
 
 __all__ = ["failing_code", "tool_use"]
 

@@ -143,3 +143,19 @@ def test_all_errors_are_reported_at_once() -> None:
     with pytest.raises(PreflightError) as caught:
         check(config(max_completion_length=3, beta=0.1), end_ids=[99])
     assert str(caught.value).count("\n- ") == 3
+
+
+def test_a_filter_that_leaves_nothing_to_compare_is_a_warning() -> None:
+    def right_only(values: Any, completions: Any, problems: Any) -> Any:
+        return values > 0
+
+    def findings(group_filter: Any) -> list[Finding]:
+        cfg = config(group_filter="qs")
+        rows = [[right(row), wrong(row)] for row in PROBLEMS]
+        paid = rewards.build(cfg.reward)
+        return preflight.probe_findings(cfg, PROBLEMS, rows, paid, group_filter)
+
+    assert findings(None) == []
+    [finding] = findings(right_only)
+    assert (finding.level, finding.check) == ("warning", "group_filter")
+    assert "group_filter='qs'" in finding.message and "50% of completions kept" in finding.message

@@ -86,7 +86,7 @@ def test_another_configuration_is_refused_and_named() -> None:
         start(config(steps=5))
     with pytest.raises(RunError, match="kind: rl -> sft"):
         start(kind="sft")
-    with pytest.raises(RunError, match="other weights, problems or documents"):
+    with pytest.raises(RunError, match="other weights, problems, rewards or documents"):
         start(data="abc")
 
 

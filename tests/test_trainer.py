@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -15,7 +16,17 @@ import trl.trainer.utils as trl_utils
 from tiny import coin, even_tokens, run_steps, tiny_config
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from rlkit import advantages, models, runs, tasks, templates, trainer
+from rlkit import (
+    advantages,
+    filters,
+    models,
+    rewards,
+    runs,
+    shaping,
+    tasks,
+    templates,
+    trainer,
+)  # fmt: skip
 from rlkit.compat import completion_only_head
 from rlkit.config import ConfigError
 from rlkit.grpo import RolloutTrainer
@@ -336,16 +347,16 @@ def test_problems_are_part_of_what_a_run_is(model: Path, tmp_path: Path) -> None
     path = train_rl(config)
     assert train_rl(config) == path
     write(rows[12:])
-    with pytest.raises(RunError, match="other weights, problems or documents"):
+    with pytest.raises(RunError, match="other weights, problems, rewards or documents"):
         train_rl(config)
-    with pytest.raises(RunError, match="other weights, problems or documents"):
+    with pytest.raises(RunError, match="other weights, problems, rewards or documents"):
         train_rl(config, problems=rows[12:])
     write(rows[:12])
     assert train_rl(config) == path
     evaluated = tiny_config(model, name="evaluated-s0", eval_every=1, eval_problems=2)
     train_rl(evaluated, validation=rows[:3])
     train_rl(evaluated, validation=rows[:2])  # the third was not used
-    with pytest.raises(RunError, match="other weights, problems or documents"):
+    with pytest.raises(RunError, match="other weights, problems, rewards or documents"):
         train_rl(evaluated, validation=rows[1:3])
 
 
@@ -441,3 +452,69 @@ def test_env_json_names_nothing_of_the_user(model: Path) -> None:
     assert env["seed"] == 0
     assert env["packages"]["trl"].startswith("1.16")
     assert str(Path.home()) not in text
+
+
+def test_rewards_of_ones_own_train_and_belong_to_the_run(model: Path) -> None:
+    config = tiny_config(model, steps=2, name="unit-own")
+    path = train_rl(config, reward_fns=[("even", even_tokens, 1.0), ("coin", coin, 0.5)])
+    drawn = runs.read_rollouts(path)
+    assert np.allclose(drawn["reward"], drawn["reward_even"] + 0.5 * drawn["reward_coin"])
+    done = runs.read_status(path)
+    assert train_rl(config, reward_fns=[("even", even_tokens, 1.0), ("coin", coin, 0.5)]) == path
+    assert runs.read_status(path) == done  # found finished
+    for other in (None, [("even", even_tokens, 1.0), ("coin", coin, 0.4)], [("even", coin, 1.0)]):
+        with pytest.raises(RunError, match="other weights, problems, rewards or documents"):
+            train_rl(config, reward_fns=other)
+
+
+def test_exploitable_rewards_of_ones_own_are_refused(model: Path) -> None:
+    config = tiny_config(model, reward="accuracy", allow_exploitable=False)
+    with pytest.raises(PreflightError, match="pays what it should not"):
+        train_rl(config, reward_fns=[("even", even_tokens, 1.0)])
+
+
+def test_filters_configured_and_of_ones_own(model: Path) -> None:
+    path = train_rl(tiny_config(model, steps=1, group_filter="orm", name="unit-orm"))
+    drawn = runs.read_rollouts(path)
+    assert (drawn["kept"] == (drawn["stop"] != "length")).all() and not drawn["kept"].all()
+    assert (drawn.loc[~drawn["kept"], "advantage"] == 0).all()
+    assert runs.read_metrics(path)["kept_ratio"].iloc[0] == drawn["kept"].mean()
+
+    def best_half(values: Any, completions: Any, problems: Any) -> Any:
+        return values >= np.median(values, axis=1, keepdims=True)
+
+    config = tiny_config(model, steps=1, name="unit-half")
+    path = train_rl(config, reward_fns=[("even", even_tokens, 1.0)], group_filter=best_half)
+    drawn = runs.read_rollouts(path)
+    middle = drawn.groupby("group")["reward"].transform("median")
+    assert (drawn["kept"] == (drawn["reward"] >= middle)).all()
+
+
+def test_what_identifies_a_reward() -> None:
+    def one(completions: Any, problems: Any, /, **info: Any) -> Any:
+        return [1.0] * len(completions)
+
+    def same_name_other_body(completions: Any, problems: Any, /, **info: Any) -> Any:
+        return [2.0] * len(completions)
+
+    same_name_other_body.__qualname__ = one.__qualname__
+    bound = functools.partial(rewards.accuracy, format="boxed")
+    again = functools.partial(rewards.accuracy, format="boxed")
+    assert rewards.identity([("a", bound, 1.0)], None) == rewards.identity(
+        [("a", again, 1.0)], None
+    )
+    different = [
+        rewards.identity([("a", fn, weight)], chosen)
+        for fn, weight, chosen in (
+            (bound, 1.0, None),
+            (bound, 2.0, None),
+            (functools.partial(rewards.accuracy, format="zero"), 1.0, None),
+            (one, 1.0, None),
+            (same_name_other_body, 1.0, None),
+            (shaping.on_right(one), 1.0, None),
+            (shaping.on_right(rewards.accuracy), 1.0, None),
+            (one, 1.0, filters.overlong_masking),
+        )
+    ]
+    texts = [json.dumps(part) for part in different]
+    assert len(set(texts)) == len(texts)

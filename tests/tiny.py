@@ -112,4 +112,4 @@ def even_tokens(
     completions: Sequence[Completion], problems: Sequence[Mapping[str, Any]], /, **info: Any
 ) -> list[float | None]:
     """Share of even token ids: something a policy can learn at once."""
-    return [sum(t % 2 == 0 for t in c.token_ids) / len(c.token_ids) for c in completions]
+    return [sum(t % 2 == 0 for t in c.token_ids) / max(1, len(c.token_ids)) for c in completions]
