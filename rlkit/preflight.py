@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rlkit import advantages, filters, rewards, templates
 from rlkit.completion import Completion
 from rlkit.config import RunConfig
-from rlkit.exploits import check_reward
+from rlkit.exploits import RewardError, check_reward
 
 Row = dict[str, Any]
 RewardFns = rewards.RewardFns
@@ -145,16 +145,20 @@ def _rewards(config: RunConfig, problems: Sequence[Row], reward_fns: RewardFns) 
     def total(completions: Sequence[Completion], rows: Sequence[Any]) -> rewards.Values:
         return rewards.score(reward_fns, completions, rows, **rewards.facts(config, 0))[0]
 
-    exploits = check_reward(total, problems[:REWARD_PROBLEMS])
+    try:
+        exploits = check_reward(total, problems[:REWARD_PROBLEMS])
+    except RewardError as error:
+        return [Finding("error", "reward", str(error))]
     if not exploits:
         return []
-    shown = "; ".join(str(e) for e in exploits[:1])
+    kinds = ", ".join(dict.fromkeys(e.kind for e in exploits))
     allowed = config.reward.allow_exploitable
     return [
         Finding(
             "warning" if allowed else "error",
             "reward",
-            f"the reward pays what it should not ({len(exploits)} probes, for example {shown}). "
+            f"the reward pays what it should not ({len(exploits)} probes: {kinds}; for example "
+            f"{exploits[0]}). "
             + (
                 "Recorded, since allow_exploitable is set."
                 if allowed

@@ -22,7 +22,7 @@ from rlkit.checks import ConfigError
 from rlkit.completion import Completion
 from rlkit.config import RewardConfig, RunConfig
 from rlkit.correct import Problem, RewardFn, Values, all_correct, is_correct, without_infra
-from rlkit.exploits import Exploit, check_reward
+from rlkit.exploits import Exploit, RewardError, check_reward
 from rlkit.formats import FormatName, boxed_format, well_formed, zero_format
 from rlkit.spurious import format_reward, random_reward
 
@@ -189,10 +189,6 @@ def score(
         known = [w * v for w, v in terms if v is not None]
         total.append(math.fsum(known) if known else None)
     return total, parts
-
-
-class RewardError(ValueError):
-    """A reward function broke its contract."""
 
 
 def _check_values(name: str, values: object, count: int) -> None:

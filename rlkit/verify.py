@@ -228,7 +228,8 @@ def _clean_expression(text: str) -> str | None:
         depth += (token == "{") - (token == "}")
         if depth < 0:
             return None
-    strange = any(c.isdecimal() and not c.isascii() for c in text)
+    # math-verify stops at such a character: it would take \frac{1}{2} with a superscript 2 for 1/2.
+    strange = any(c.isnumeric() and not c.isascii() for c in text)
     single = "$" not in text.replace(r"\$", "") and r"\boxed" not in text
     # math-verify adds up numbers that stand side by side: it would take "1 2 3" for 6.
     if not text or depth or strange or not single or _NUMBER_LIST.search(text):

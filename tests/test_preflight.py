@@ -113,11 +113,24 @@ def test_an_exploitable_reward_stops_unless_allowed() -> None:
     def pays_anything(completions: Any, problems: Any, /, **info: Any) -> list[float | None]:
         return [1.0] * len(completions)
 
-    with pytest.raises(PreflightError, match="pays what it should not"):
+    with pytest.raises(PreflightError, match="pays what it should not") as caught:
         preflight.check(
             config(), TOKENIZER, [END], PROBLEMS, [("any", pays_anything, 1.0)],
             answers(right, wrong), has_reference=False,
         )  # fmt: skip
+    assert "empty response, end of reasoning only, list of numbers" in str(caught.value)
+
+
+def test_a_reward_that_crashes_on_a_probe_is_one_error_among_others() -> None:
+    def crashes(completions: Any, problems: Any, /, **info: Any) -> list[float | None]:
+        return [float(c.answer.isdigit()) for c in completions]
+
+    with pytest.raises(PreflightError, match="AttributeError on the probe 'empty resp") as caught:
+        preflight.check(
+            config(max_completion_length=3), TOKENIZER, [END], PROBLEMS, [("mine", crashes, 1.0)],
+            answers(right, wrong), has_reference=False,
+        )  # fmt: skip
+    assert str(caught.value).count("\n- ") == 2
 
 
 def test_a_question_the_tokenizer_cannot_write_is_an_error() -> None:

@@ -88,8 +88,9 @@ def test_the_released_sum_keeps_its_third_grade_when_the_prompt_asks_for_a_box(a
     assert graded(rows, [asking] * 3) == [-2.0, -1.0, 1.0]
 
 
-def test_graded_passes_the_self_check():
-    assert check_reward(graded, [problem()]) == []
+def test_the_self_check_sees_that_graded_pays_a_box_on_a_wrong_answer():
+    found = check_reward(graded, [problem()])
+    assert {(e.kind, e.score, e.plain_score) for e in found} == {("format", -1.0, -2.0)}
     assert check_reward(partial(graded, released_sum=True), [problem()]) == []
 
 

@@ -183,6 +183,8 @@ def test_integers_and_plain_numbers_start_no_process(monkeypatch):
         (r"5} \boxed{7", "5", "unparsable"),
         ("$5$ or $7$", "5", "unparsable"),
         ("\uff15", "x+5", "unparsable"),
+        ("\\frac{1}{2}\u00b2", "1/2", "unparsable"),  # math-verify alone ignores the power
+        ("\\frac{1}{2}\u2460", "1/2", "unparsable"),
         (r"\text{Evelyn}", "Evelyn", "right"),
         ("evelyn", r"\text{Evelyn}", "right"),
         ("nylevE", r"\text{Evelyn}", "wrong"),  # math-verify alone multiplies the letters
