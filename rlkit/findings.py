@@ -98,10 +98,10 @@ def parted(found: Parting) -> Finding:
     """The parting as a finding."""
     low, high = found.reference
     text = (
-        f"since step {found.began} reward rises without truth, caught at step {found.caught}: "
-        f"against steps {low} to {high} reward {found.reward:+.3f}, unearned {found.unearned:+.3f},"
-        f" true accuracy {found.truth:+.3f}; evidence {found.evidence:.3g}, needed "
-        f"{1 / found.alpha:g}"
+        f"since step {found.began} wrong answers are paid more and truth does not rise, caught at "
+        f"step {found.caught}: against steps {low} to {high} reward {found.reward:+.3f}, unearned "
+        f"{found.unearned:+.3f}, true accuracy {found.truth:+.3f}; evidence {found.evidence:.3g}, "
+        f"needed {1 / found.alpha:g}"
     )
     return Finding("parted", text, found.caught)
 
@@ -151,8 +151,7 @@ def changes(groups: pd.DataFrame, steps: Steps) -> list[Finding]:
     if reward.low > 0 and truth.low <= 0:
         text = f"reward rose ({reward:+.3f}) and true accuracy did not ({truth:+.3f})"
         out.append(Finding("reward_alone", text, end))
-    if truth.high < -FELL:
-        out.append(Finding("accuracy_fell", f"true accuracy fell by more: {truth:+.3f}", end))
+    out += _accuracy_fell(groups, steps)
     if moved["ended"].high < -FELL:
         text = f"fewer completions end within the budget: {moved['ended']:+.3f}"
         out.append(Finding("completion_fell", text, end))
@@ -160,6 +159,26 @@ def changes(groups: pd.DataFrame, steps: Steps) -> list[Finding]:
         text = f"texts repeat themselves more: {moved['repetition']:+.3f} of their runs of words"
         out.append(Finding("repetition_rose", text, end))
     return out
+
+
+def _accuracy_fell(groups: pd.DataFrame, steps: Steps) -> list[Finding]:
+    """Whether accuracy at the end is below that of any earlier block of as many steps.
+
+    One interval per block, at a level that makes all of them hold together (Bonferroni).
+    """
+    late = first_and_last(steps)[1]
+    earlier = steps[: len(steps) - len(late)]
+    count = max(1, len(earlier) // len(late))
+    after = groups["truth"][groups["step"].isin(late)]
+    falls = {}
+    for block in np.array_split(earlier, count):
+        before = groups["truth"][groups["step"].isin(block)]
+        falls[int(block[0]), int(block[-1])] = change(before, after, level=1 - 0.05 / count)
+    (low, high), fall = min(falls.items(), key=lambda item: item[1].high)
+    if not fall.high < -FELL:
+        return []
+    text = f"true accuracy fell from steps {low} to {high} to the last steps: {fall:+.3f}"
+    return [Finding("accuracy_fell", text, int(steps[-1]))]
 
 
 def pay(groups: pd.DataFrame, steps: Steps) -> list[Finding]:
@@ -194,8 +213,8 @@ def telling(rows: pd.DataFrame, since: int = 0) -> tuple[Example, ...]:
         since: first step to look at; never before the middle of the run, unless nothing was paid
             after it.
 
-    Texts are of one kind if they differ in digits and in repeated lines only. A wrong answer counts
-    as paid if its reward is above the lowest of the run.
+    At most one of a group. Texts are of one kind if they differ in digits and in repeated lines
+    only. A wrong answer counts as paid if its reward is above the lowest of the run.
     """
     if rows.empty:
         return ()
@@ -209,12 +228,12 @@ def telling(rows: pd.DataFrame, since: int = 0) -> tuple[Example, ...]:
     order = [name for name in ("reward", "step", "group", "sample") if name in wrong]
     wrong = wrong.sort_values(order, ascending=[False, False, True, True][: len(order)])
     out: list[Example] = []
-    kinds: set[str] = set()
+    seen: set[object] = set()
     for row in wrong.to_dict("records"):
-        kind = kind_of(row["text"])
-        if kind in kinds:
+        keys = {kind_of(row["text"]), (row["step"], row["group"])}
+        if keys & seen:
             continue
-        kinds.add(kind)
+        seen |= keys
         out.append(
             Example(
                 step=int(row["step"]),

@@ -10,6 +10,7 @@ from plotly.subplots import make_subplots
 
 from rlkit import runs
 from rlkit.diagnostics import Run, parting, series
+from rlkit.parting import Parting
 from rlkit.theme import (
     INK,
     LABELS,
@@ -32,10 +33,10 @@ PANELS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
     }),
     ("correlation, share of variance", {"agreement": ("reward with correctness", INK)}),
     ("share of completions, ratio", {
-        "completion_ratio": ("end reached", GREEN),
-        "repetition": ("repeated words", PINK),
-        "compression": ("compressed size", ORANGE),
-        "reinforced_wrong": ("wrong and raised", SKY),
+        "completion_ratio": ("ended", GREEN),
+        "repetition": ("repeated", PINK),
+        "compression": ("compressed", ORANGE),
+        "reinforced_wrong": ("wrong, raised", SKY),
     }),
     (LABELS["length"], {
         "length_right": ("right answers", BLUE),
@@ -43,7 +44,7 @@ PANELS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
     }),
 )  # fmt: skip
 """Axis title and curves (column of ``diagnostics.series`` to name and colour) of each panel; the
-second also shows the share of each reward part."""
+second also shows the share of each reward part. ``wrong, raised``: raised by the gradient."""
 
 
 def over_series(frames: Sequence[pd.DataFrame], column: str) -> pd.DataFrame:
@@ -88,7 +89,7 @@ def hacking_figure(
     parts = list(dict.fromkeys(c for f in frames for c in f.columns if c.startswith("share_")))
     colors = colors_of(parts)
     shares = {p: (f"share of {p.removeprefix('share_')}", colors[p]) for p in parts}
-    fig = make_subplots(rows=2, cols=2, horizontal_spacing=0.1, vertical_spacing=0.2)
+    fig = make_subplots(rows=2, cols=2, horizontal_spacing=0.1, vertical_spacing=0.17)
     for i, (axis, curves) in enumerate(PANELS):
         row, col = i // 2 + 1, i % 2 + 1
         for column, (name, color) in ({**curves, **shares} if i == 1 else curves).items():
@@ -96,6 +97,7 @@ def hacking_figure(
         fig.update_yaxes(title_text=axis, row=row, col=col)
         fig.update_xaxes(title_text=LABELS["step"] if row == 2 else None, row=row, col=col)
     fig.update_yaxes(rangemode="tozero", row=2)
+    fig.update_xaxes(matches="x")
     found = [mark for mark in map(parting, folders) if mark is not None]
     for mark in found:
         for step, dash in ((mark.began, "dot"), (mark.caught, "dash")):
@@ -104,13 +106,30 @@ def hacking_figure(
     subtitle = f"mean over {len(folders)} seeds, band: their range" if many else "one seed"
     subtitle += f"; mean of the last {window} steps" if window > 1 else ""
     styled(fig, title, subtitle, height=640)
-    # Ten curves in one row of names would not fit: each panel says its own at its right edge.
-    fig.update_layout(showlegend=False, margin={"t": 78})
+    _panel_legends(fig)
     add_note(fig, _parting_note(found, len(folders)))
     return add_note(fig, OVERRIDE_NOTE, color=RED) if overridden(folders) else fig
 
 
-def _parting_note(found: Sequence[object], count: int) -> str:
+def _panel_legends(fig: go.Figure) -> None:
+    """Names above each panel: all curves in one row would not fit."""
+    for i in range(len(PANELS)):
+        axis = "" if i == 0 else str(i + 1)
+        place = {
+            "x": fig.layout[f"xaxis{axis}"].domain[0],
+            "y": fig.layout[f"yaxis{axis}"].domain[1],
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "xref": "paper",
+            "yref": "paper",
+            "orientation": "h",
+            "font": {"size": 12},
+            "bgcolor": "rgba(0,0,0,0)",
+        }
+        fig.update_layout({f"legend{axis}": place})
+
+
+def _parting_note(found: Sequence[Parting], count: int) -> str:
     if not found:
         return "reward and truth did not part"
     whose = "" if count == 1 else f" in {len(found)} of {count} seeds"
@@ -120,6 +139,8 @@ def _parting_note(found: Sequence[object], count: int) -> str:
 def _draw(fig: go.Figure, band: pd.DataFrame, name: str, color: str, row: int, col: int) -> None:
     if band.empty:
         return
+    panel = 2 * (row - 1) + col
+    legend = "legend" if panel == 1 else f"legend{panel}"
     if (band["high"] - band["low"]).max() > 1e-9:
         fig.add_trace(
             go.Scatter(
@@ -130,6 +151,7 @@ def _draw(fig: go.Figure, band: pd.DataFrame, name: str, color: str, row: int, c
                 fill="toself",
                 fillcolor=tint(color, 0.16),
                 line={"width": 0},
+                showlegend=False,
                 hoverinfo="skip",
             ),
             row=row,
@@ -142,6 +164,8 @@ def _draw(fig: go.Figure, band: pd.DataFrame, name: str, color: str, row: int, c
             name=name,
             mode="lines",
             line={"color": color, "width": 2.4},
+            legend=legend,
+            showlegend=True,
             hovertemplate="%{y:.3g}",
         ),
         row=row,
