@@ -9,16 +9,17 @@ being gamed (length, format, a fooled grader) it rises, while truth does not.
 rewards summed and divided by the root of their number, so that the spread does not depend on how
 many answers are wrong. For each start k the groups of the ``BAG`` steps before k are the reference.
 Each later group is ranked among the reference and the groups since k; its conformal p-value is the
-share of those at least as large, ties counted in full. As long as scores do not rise, p-values are
-at least uniform, and capital that bets on small ones,
+share of those at least as large, ties counted in full. While scores are exchangeable, p-values are
+independent and at least uniform, and capital that bets on small ones,
 
     M_k = mean over a of prod_i a p_i^(a - 1),     a in ``BETS``,
 
-is expected not to grow from 1 (Vovk, Nouretdinov, Gammerman 2003; Fedorova et al., arXiv
+is not expected to grow from 1 (Vovk, Nouretdinov, Gammerman 2003; Fedorova et al., arXiv
 1204.3251). Starts are mixed with weights 1 / (j (j + 1)), j = 1, 2, ..., which sum to 1. By Ville's
 inequality the mixture ever reaches 1 / ``ALPHA`` with probability at most ``ALPHA``: the rate of
 false alarms is per run, over any number of steps and looks, and nothing has to be normal or known
-about the reward's scale.
+about the reward's scale. For scores that fall, or whose spread changes, the rate is not proved but
+simulated (``tests/test_diagnostics.py``).
 
 **Alarm.** At the end of the first step t at which the mixture has reached 1 / ALPHA and which, for
 some start k with M_k >= 1 / ALPHA, shows from the ``RECENT`` steps before k to the last ``RECENT``

@@ -367,28 +367,28 @@ def test_one_step(tmp_path: Path) -> None:
 
 
 def test_no_wrong_answers(tmp_path: Path) -> None:
-    rows = with_texts(rows_of("accuracy", steps=20), "accuracy")
+    rows = with_texts(rows_of("accuracy", steps=12), "accuracy")
     found = diagnose(tmp_path, rows.assign(correct=True, reward=1.0))
     assert (found.verdict, evidence(found)) == ("UNDECIDED", ["no_signal"])
     assert diagnostics.series(tmp_path / "hostile-s0")["length_wrong"].isna().all()
 
 
 def test_no_right_answers_and_a_reward_that_varies(tmp_path: Path) -> None:
-    rows = with_texts(rows_of("random", steps=20), "random").assign(correct=False)
+    rows = with_texts(rows_of("random", steps=12), "random").assign(correct=False)
     found = diagnose(tmp_path, rows)
     assert found.verdict == "SUSPECT"
     assert codes(found) == {"unrelated", "reinforced_wrong"}
 
 
 def test_a_constant_reward(tmp_path: Path) -> None:
-    rows = with_texts(rows_of("accuracy", steps=20), "accuracy").assign(reward=0.3)
+    rows = with_texts(rows_of("accuracy", steps=12), "accuracy").assign(reward=0.3)
     found = diagnose(tmp_path, rows)
     assert (found.verdict, evidence(found)) == ("UNDECIDED", ["no_signal"])
     assert diagnostics.series(tmp_path / "hostile-s0")["share_accuracy"].isna().all()
 
 
 def test_no_rewards_at_all(tmp_path: Path) -> None:
-    rows = with_texts(rows_of("accuracy", steps=20), "accuracy")
+    rows = with_texts(rows_of("accuracy", steps=12), "accuracy")
     rows = rows.assign(reward=math.nan, reward_accuracy=math.nan, stop="infra")
     found = diagnose(tmp_path, rows)
     assert (found.verdict, found.steps) == ("UNDECIDED", 0)
@@ -406,7 +406,7 @@ def test_groups_of_one_and_steps_lost_in_a_crash(tmp_path: Path) -> None:
 
 
 def test_texts_in_any_script(tmp_path: Path) -> None:
-    rows = with_texts(rows_of("length", steps=40), "length")
+    rows = with_texts(rows_of("length", steps=12), "length")
     texts = ["答案是 \U0001f600 é " + text for text in rows["text"]]
     rows["text"] = pd.Series([None, *texts[1:]], dtype=object)
     text = diagnostics.report_text(diagnose(tmp_path, rows))
