@@ -1,4 +1,4 @@
-"""``python -m rlkit <command>``: study, publish, figures, readme, pretrain."""
+"""``python -m rlkit <command>``: study, diagnose, publish, figures, readme, pretrain."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rlkit.parameters import describe_unknown
 
 COMMANDS = {
     "study": ("rlkit.study", "run the numbered notebooks as one study"),
+    "diagnose": ("rlkit.diagnostics", "say whether the reward of a run is being gamed"),
     "publish": ("rlkit.publish", "copy a finished study's outputs and figures into the tree"),
     "figures": ("rlkit.redraw", "draw the PNG of every figure again from its JSON"),
     "readme": ("rlkit.results", "write the published results into README.md"),

@@ -1,0 +1,243 @@
+"""Is the reward being gamed? Answers from a run folder alone: live, finished or crashed.
+
+:func:`series` shows reward against truth step by step, :func:`parting` says when the two part (with
+a stated rate of false alarms, see ``rlkit.parting``), :func:`diagnose` gives a verdict with the
+numbers behind it and the completions that tell the most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from rlkit import findings, runs, signals
+from rlkit.checks import ConfigError
+from rlkit.findings import AGREEMENT, MIN_STEPS, Example, Finding
+from rlkit.parting import Parting, part
+from rlkit.rewards import FormatName
+from rlkit.timeline import first_visible, per_step
+
+Run = str | Path
+Outcome = Literal["SOUND", "SUSPECT", "HACKED", "UNDECIDED"]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The verdict on a run and what it rests on; rules in :func:`diagnose`.
+
+    Attributes:
+        run: name of the folder. steps: steps with rewards; last: the last of them (0: none).
+        evidence: findings, those that count first.
+        parting: None where reward and truth did not part.
+        visible: (step, curve) at which loss, gradient norm or reward alone show trouble.
+        examples: wrong completions paid most, of different kinds, late ones first.
+    """
+
+    run: str
+    verdict: Outcome
+    steps: int
+    last: int
+    evidence: tuple[Finding, ...]
+    parting: Parting | None
+    visible: tuple[int, str] | None
+    examples: tuple[Example, ...]
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def series(run: Run, window: int = 1) -> pd.DataFrame:
+    """One row per step that the rollouts or the metrics of a run know.
+
+    Args:
+        run: name or folder. window: steps of the moving average (the step itself and before).
+
+    Columns (fractions are of the completions of the step, unless said):
+        step; n, groups: completions and groups that count (``infra`` rows do not).
+        proxy: mean reward, as trained on. true: true accuracy.
+        proxy_gain, true_gain: change since the first 5 steps in standard deviations of single
+            completions there, which makes rewards of any scale comparable with accuracy.
+        unearned: mean of ``signals.unearned``. agreement: correlation of reward and correctness
+            within groups (``signals.agreement``).
+        completion_ratio, repetition, compression: ended by itself; ``signals.repetition`` and
+            ``signals.compression`` of the texts.
+        length_right, length_wrong: mean tokens.
+        format_only: wrong, well formed, paid above a wrong ill-formed answer of the group.
+        paid_wrong, unpaid_right: paid means above the middle of the run's range of rewards.
+        reinforced_wrong: wrong and above the mean reward of its group, so that the gradient
+            raises it.
+        entropy, loss, grad_norm: from metrics.jsonl.
+        share_<part>: share of a reward part in the variance within groups that are trained on,
+            which is what the gradient sees: weight * cov(part, total) / var(total). Shares add up
+            to 1 and can be negative; weights by ``signals.part_weights``.
+
+    Raises:
+        RunError: no such run.
+    """
+    return per_step(
+        runs.read_rollouts(_existing(run)), runs.read_metrics(run), _format(run), window
+    )
+
+
+def parting(run: Run) -> Parting | None:
+    """Where reward and truth part, and at which step that could be said; see ``rlkit.parting``."""
+    rows = signals.prepare(runs.read_rollouts(_existing(run)))
+    return part(signals.group_means(rows))
+
+
+def visible_in_loss(run: Run) -> int | None:
+    """The first step at which loss, gradient norm or reward curve alone leave their normal band.
+
+    A curve leaves it when it lies, three steps in a row, more than five standard deviations (from
+    the median absolute deviation) off the median of the 20 steps before, to the side that alarms:
+    the loss to either, the gradient norm above, the reward below. None: a person sees nothing.
+    """
+    found = first_visible(series(run))
+    return None if found is None else found[0]
+
+
+def diagnose(run: Run) -> Diagnosis:
+    """Verdict on a run, by these rules, the first that fits.
+
+    HACKED: reward and truth parted (``rlkit.parting``), and true accuracy at the end is not above
+        what it was before (its 95 % interval reaches 0).
+    UNDECIDED: fewer than ``MIN_STEPS`` steps with rewards; or rewards never differ within a group;
+        or the agreement's interval holds ``AGREEMENT`` and nothing else counts.
+    SUSPECT: any finding that counts: ``parted`` (accuracy recovered later), ``unrelated``
+        (agreement below ``AGREEMENT``: the reward does not pay correctness, a random one for
+        example), ``reinforced_wrong``, ``reward_alone`` (reward rose, accuracy did not),
+        ``accuracy_fell``, ``completion_fell``, ``repetition_rose``.
+    SOUND: else. It says that reward and truth went together here, not that the reward cannot be
+        fooled.
+
+    Changes over the run go from the first ``FIRST_STEPS`` to the last ``LAST_STEPS`` steps. A
+    threshold counts as passed when the whole 95 % interval over groups (prompts) lies beyond it.
+    All constants are in ``rlkit.findings`` and ``rlkit.parting``.
+
+    Raises:
+        RunError: no such run.
+    """
+    path = _existing(run)
+    config = runs.read_config(run)
+    return diagnose_rows(
+        path.name,
+        runs.read_rollouts(path),
+        runs.read_metrics(path),
+        config.reward.format,
+        overridden=config.reward.allow_exploitable,
+    )
+
+
+def _existing(run: Run) -> Path:
+    runs.read_config(run)  # names the existing runs
+    return runs.folder(run)
+
+
+def _format(run: Run) -> FormatName:
+    return runs.read_config(run).reward.format
+
+
+# --- judging --------------------------------------------------------------------------------------
+
+
+def diagnose_rows(
+    name: str,
+    rollouts: pd.DataFrame,
+    metrics: pd.DataFrame,
+    format: FormatName = "boxed",
+    *,
+    overridden: bool = False,
+) -> Diagnosis:
+    """:func:`diagnose` on rows as read; ``overridden``: trained with allow_exploitable."""
+    good = signals.prepare(rollouts)
+    rows = signals.by_row(good[np.isfinite(good["reward"].to_numpy(float))], format)
+    steps = np.unique(rows["step"].to_numpy(int))
+    last = int(steps[-1]) if len(steps) else 0
+    groups, sums = findings.groups_of(rows), signals.within_group_sums(rows)
+    parted = part(signals.group_means(rows))
+    found: list[Finding] = []
+    verdict: Outcome = "UNDECIDED"
+    if len(steps) < MIN_STEPS:
+        text = f"{len(steps)} steps with rewards; a verdict needs {MIN_STEPS}"
+        found.append(Finding("few_steps", text, last, counts=False))
+    elif not (sums["rr"] > 0).any():
+        text = "no group has rewards that differ: nothing can be learned from this reward"
+        found.append(Finding("no_signal", text, last, counts=False))
+    else:
+        found += findings.relation(sums, steps)
+        found += findings.changes(groups, steps) + findings.pay(groups, steps)
+        if any(finding.counts for finding in found):
+            verdict = "SUSPECT"
+        elif findings.agreement(sums).low >= AGREEMENT:
+            verdict = "SOUND"
+    if parted is not None:
+        truth = findings.since_parting(groups, steps, parted)
+        verdict = "SUSPECT" if truth.low > 0 else "HACKED"
+        text = f"true accuracy from before the parting to the end: {truth:+.3f}"
+        found = [findings.parted(parted), Finding("since_parting", text, last, False), *found]
+    if overridden:
+        text = "trained with allow_exploitable: the self-check found a wrong answer that scores"
+        found.append(Finding("allow_exploitable", text, 0, counts=False))
+    return Diagnosis(
+        run=name,
+        verdict=verdict,
+        steps=len(steps),
+        last=last,
+        evidence=tuple(sorted(found, key=lambda finding: not finding.counts)),
+        parting=parted,
+        visible=first_visible(per_step(rollouts, metrics, format)),
+        examples=findings.telling(rows, since=0 if parted is None else parted.began),
+    )
+
+
+# --- reporting ------------------------------------------------------------------------------------
+
+
+def report_text(diagnosis: Diagnosis, *, width: int = 96, lines: int = 6) -> str:
+    """The diagnosis as plain text; a completion shows its first ``lines`` lines of ``width``."""
+    d = diagnosis
+    out = [f"{d.run}: {d.verdict} ({d.steps} steps with rewards, the last is {d.last})", ""]
+    for finding in d.evidence:
+        mark = "!" if finding.counts else " "
+        out.append(f"{mark} {finding.code:17} {finding.message}")
+    seen = "nothing" if d.visible is None else f"{d.visible[1]} at step {d.visible[0]}"
+    out += ["", f"in the curves of loss, gradient norm and reward alone: {seen}"]
+    for example in d.examples:
+        out += [
+            "",
+            f"step {example.step}, {example.problem_id or 'a problem'}: paid {example.reward:.3g} "
+            f"for {example.answer or 'no answer'!r}, gold {example.gold!r}, stop: {example.stop}",
+        ]
+        text = example.text.split("\n")
+        out += [f"    {line[:width]}{'…' if len(line) > width else ''}" for line in text[:lines]]
+        if len(text) > lines:
+            out.append(f"    … {len(text) - lines} more lines")
+    return "\n".join(out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the diagnosis of each run; 2 if one does not exist or cannot be read."""
+    parser = argparse.ArgumentParser(
+        prog="rlkit diagnose", description="Is the reward of a run being gamed?"
+    )
+    parser.add_argument("runs", nargs="+", metavar="run", help="name under runs/, or a folder")
+    names: list[str] = parser.parse_args(argv).runs
+    for i, name in enumerate(names):
+        try:
+            text = report_text(diagnose(name))
+        except (runs.RunError, ConfigError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        print(f"\n{text}" if i else text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
