@@ -22,7 +22,8 @@ from rlkit.checks import ConfigError
 from rlkit.completion import THINK_CLOSE, THINK_OPEN, Completion
 from rlkit.config import RewardConfig
 from rlkit.exploits import Exploit, check_reward
-from rlkit.verify import Verdict, boxes, verify
+from rlkit.extract import boxes
+from rlkit.verify import Verdict, verify
 
 __all__ = [
     "Exploit",

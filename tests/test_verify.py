@@ -8,17 +8,10 @@ import threading
 import pytest
 
 from rlkit import verify as module
+from rlkit.extract import boxes, extract_answer
+from rlkit.literals import MAX_ANSWER_CHARS, canonical_number
 from rlkit.paths import root
-from rlkit.verify import (
-    MAX_ANSWER_CHARS,
-    GoldError,
-    Verdict,
-    boxes,
-    canonical_number,
-    check_gold,
-    extract_answer,
-    verify,
-)
+from rlkit.verify import GoldError, Verdict, check_gold, verify
 
 BOMB = "10^{10^{10}}"
 
