@@ -50,17 +50,24 @@ _GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{.*\}", re.DOTALL)
 _WORDS = re.compile(r"\(?([A-Za-z][A-Za-z ]*)\)?\.?")
 _SHORT_WORDS = frozenset({"yes", "no", "true", "none", "even", "odd", "both", "all"})
-_NUMBER_LIST = re.compile(r"[0-9]\s+[0-9]")
+_NUMBER_LIST = re.compile(r"(?<!\\log_)[0-9]\s+[0-9]")
 _UNIT = re.compile(
     r"(?<=[0-9})])(?:\s|~|\\[,;! ])*"
-    r"(?:\\(?:text|mathrm|mbox|textrm)\s*\{\s*(?P<text>[A-Za-z][^{}]*)\}"
-    r"|(?P<plain>cm|mm|km|kg|mg|ml|ft|in|mi|lbs?|oz|hr|min|sec|(?<=\s)[mgshl]|[A-Za-z]{4,}))"
+    r"(?:\\(?:text|mathrm|mbox|textrm)\s*\{\s*(?P<text>[A-Za-z][A-Za-z ./-]*)\}"
+    r"|(?P<plain>cm|mm|km|kg|mg|ml|ft|in|mi|lbs?|oz|hr|min|sec|(?<=\s)[mgsl]|[A-Za-z]{4,}))"
     r"\s*(?:\^\s*(?:\{\s*(?P<power>[0-9])\s*\}|(?P<p>[0-9])))?\Z"
 )
+_LAST_TEXT = re.compile(
+    r"(?<=[0-9A-Za-z})])\s*\\(?:text|mathrm|mbox|textrm)\s*\{[^{}]*\}(?:\s*\^[0-9{}]*)?[\s.,;:]*\Z"
+)
+_NO_UNIT = re.compile(r"\b(?:or|and|not|no|is|if|at|than|more|less|but|about|approx)\b")
+_LAST_LETTERS = re.compile(r"(?<=[0-9}\s])((?!i\s*\Z)[a-z]{1,3})\s*\Z")
+_BOMB = re.compile(r"!{3}|\^\{?\s*[0-9]{5}|\^\s*\{[^{}]*\^\s*\{[^{}]*\^\s*\{[^{}]*\^")
+_MAX_DEPTH = 40
 _PARTS = re.compile(r",|;|\\text\s*\{[^{}]*\}|\b(?:or|and)\b")
 _EQUALS = re.compile(r"(?<![<>!=\\])=(?!=)")
 _SUBSCRIPT = re.compile(r"_(?:\{[^{}]*\}|[A-Za-z0-9])")
-_COMMAND = re.compile(r"\\(?:begin|end|text|mathrm|mathbb)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_COMMAND = re.compile(r"\\(?:begin|end|text|mathrm|mathbb)\s*\{[^{}]*\}|\\[A-Za-z]+|[A-Za-z]{4,}")
 _CAPITAL = re.compile(rf"{_COMMAND.pattern}|([A-Z])(?!\s*_)")
 
 
@@ -156,7 +163,7 @@ def settle(gold: str, answer: str) -> bool | None:
     """
     gold_words = _gold_words(gold)
     words = _words(unwrap(answer))
-    if gold_words is not None and words is not None:
+    if gold_words is not None and (words is not None or len(gold_words) > 1):
         return words == gold_words
     gold, answer = unwrap(gold), unwrap(answer)
     if _BASED.fullmatch(gold) or _BASED.fullmatch(answer):
@@ -174,17 +181,24 @@ def settle(gold: str, answer: str) -> bool | None:
 def is_one_expression(text: str) -> bool:
     """False if ``text`` is surely no single expression, or one that the parser misreads."""
     text = unwrap(text)
-    depth = 0
+    depth = deepest = 0
     for token in re.findall(r"\\.|[{}]", text, re.DOTALL):
         depth += (token == "{") - (token == "}")
+        deepest = max(deepest, depth)
         if depth < 0:
             return False
     strange = any(c.isdecimal() and not c.isascii() for c in text)
-    single = "$" not in text.replace(r"\$", "") and r"\boxed" not in text
+    single = "$" not in text.replace(r"\$", "") and r"\boxed" not in text and '"' not in text
     if not text or depth or strange or not single:
         return False
     if exact_value(text) is not None:
         return True
+    # No gold answer looks like that, and the parser would spend its whole time limit on it.
+    if max(deepest, text.count("(")) > _MAX_DEPTH or _BOMB.search(text):
+        return False
+    # math-verify drops a text at the end, whatever it says: "5 \text{ (or 7)}" would be 5.
+    if _LAST_TEXT.search(text) and (not _UNIT.search(text) or _NO_UNIT.search(text)):
+        return False
     # math-verify adds up numbers that stand side by side: it would take "1 2 3" for 6. And it reads
     # \frac123, which is (1/2)3 in TeX, as 1/23.
     return not (_NUMBER_LIST.search(text) or _TWO_DIGIT_FRACTION.search(text))
@@ -194,7 +208,7 @@ def pair_for_parser(gold: str, answer: str) -> tuple[str, str]:
     """Both texts in the form that math-verify reads exactly; see ``for_parser``.
 
     math-verify folds case, so R - r would be 0: where the two texts hold some letter in both cases,
-    capitals get a subscript.
+    capitals get a subscript. Words of four letters and more are left alone.
     """
     gold, answer = for_parser(gold), for_parser(answer)
     symbols = set(_COMMAND.sub("", f"{gold} {answer}"))
@@ -218,7 +232,9 @@ def for_parser(text: str) -> str:
         text = _GROUPED.sub(lambda match: match[0].replace(",", ""), text)
     text = _PERCENT.sub(lambda match: _as_fraction(_decimal(match[1]) / 100), text)
     text = _POINT.sub(lambda match: _as_fraction(_decimal(match[0])), text)
-    return _PLAIN_PI.sub(r"\\pi ", text)
+    text = _PLAIN_PI.sub(r"\\pi ", text).replace("\u221e", r"\infty ")
+    # math-verify drops letters at the end that may be units, so 5t would be 5: brackets keep them.
+    return text if _UNIT.search(text) else _LAST_LETTERS.sub(r"(\1)", text)
 
 
 def _as_fraction(value: Fraction) -> str:
@@ -236,8 +252,9 @@ def _words(text: str) -> str | None:
 
 
 def _gold_words(gold: str) -> str | None:
-    r"""Words of a gold answer that is a word: ``\text{}``, a choice such as ``C`` or ``(c)``, a word
-    of five letters and more, or ``yes``.
+    r"""Words of a gold answer that is a word, None otherwise.
+
+    That is ``\text{}``, a choice (``C``), ``yes`` and its like, and all of five letters or more.
 
     math-verify reads letters as a product of symbols, so an anagram would be equal.
     """

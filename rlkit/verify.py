@@ -90,6 +90,7 @@ def verify(answer: str | None, gold: str, answer_type: str) -> Verdict:
     verdict = _compare(*pair_for_parser(gold, answer))
     if verdict == "gold":
         check_gold(gold, answer_type)
+        return Verdict.UNPARSABLE  # sound by itself, not as it was worded next to this answer
     return Verdict(verdict)
 
 
