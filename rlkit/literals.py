@@ -161,7 +161,7 @@ def settle(gold: str, answer: str) -> bool | None:
         gold: gold answer of an expression problem.
         answer: a text that ``is_one_expression``.
     """
-    gold_words = _gold_words(gold)
+    gold_words = words_of_gold(gold)
     words = _words(unwrap(answer))
     if gold_words is not None and (words is not None or len(gold_words) > 1):
         return words == gold_words
@@ -251,7 +251,7 @@ def _words(text: str) -> str | None:
     return " ".join(match[1].casefold().split()) if match else None
 
 
-def _gold_words(gold: str) -> str | None:
+def words_of_gold(gold: str) -> str | None:
     r"""Words of a gold answer that is a word, None otherwise.
 
     That is ``\text{}``, a choice (``C``), ``yes`` and its like, and all of five letters or more.

@@ -34,6 +34,7 @@ from rlkit.literals import (
     is_one_expression,
     pair_for_parser,
     settle,
+    words_of_gold,
 )
 
 ANSWER_TYPES = ("integer", "expression")
@@ -63,8 +64,8 @@ def verify(answer: str | None, gold: str, answer_type: str) -> Verdict:
     Args:
         answer: extracted answer, None if the response has none.
         gold: gold answer of the problem row.
-        answer_type: ``integer`` (exact, at once) or ``expression`` (plain numbers exactly and at
-            once, the rest by math-verify within ``SECONDS_PER_EXPRESSION``).
+        answer_type: ``integer`` (exact, at once) or ``expression`` (plain numbers and what the texts
+            settle at once, the rest by math-verify within ``SECONDS_PER_EXPRESSION``).
 
     Raises:
         GoldError: the gold answer cannot be parsed.
@@ -109,7 +110,9 @@ def check_gold(gold: str, answer_type: str, problem_id: str = "") -> None:
                 f"{where}old answer {gold!r} is not an integer. Correct it, or set the row's "
                 "answer_type to 'expression'."
             )
-    elif number is None and _compare(for_parser(gold), None) != "right":
+    elif number is not None or words_of_gold(gold) is not None:
+        return
+    elif _compare(for_parser(gold), None) != "right":
         raise GoldError(
             f"{where}old answer {gold!r} cannot be parsed as a mathematical expression. Write it "
             "as LaTeX without text around it, or remove the problem."
