@@ -27,7 +27,7 @@ _OUTER_SPACE = re.compile(rf"\A{_SPACE}|(?<!\\){_SPACE}\Z")
 
 # A number without its sign as TeX and plain text write it.
 _WHOLE = r"[0-9]+"
-_DECIMAL = r"[0-9]*\.?[0-9]+|[0-9]+\."
+_DECIMAL = r"[0-9]++(?:\.[0-9]*+)?|\.[0-9]++"
 _FRACTION = (
     rf"(?:\\[dt]?frac\s*(?:\{{\s*(?P<a>-?{_WHOLE})\s*\}}|(?P<b>[0-9]))"
     rf"\s*(?:\{{\s*(?P<d>-?{_WHOLE})\s*\}}|(?P<e>[0-9]))"

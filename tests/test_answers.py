@@ -1,7 +1,7 @@
 r"""A corpus of answers whose verdicts were decided by hand, and what plain math-verify makes of it.
 
-``answers.jsonl`` has one object per line: answer, gold, type, verdict, class and why. Some rows have
-more: ``known`` says why ``verify`` misses the verdict (``actual`` is what it says instead), and
+``answers.jsonl`` has one object per line: answer, gold, type, verdict, class and why. Some rows
+have more: ``known`` says why ``verify`` misses the verdict (``actual`` is what it says instead);
 ``math_verify`` with ``reason`` stands where plain math-verify disagrees with ``verify``. Rows of
 class ``integer-generated`` are those of ``near_misses``; ``not right`` leaves open how an answer
 fails.
