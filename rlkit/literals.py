@@ -62,6 +62,9 @@ _LAST_TEXT = re.compile(
 )
 _NO_UNIT = re.compile(r"\b(?:or|and|not|no|is|if|at|than|more|less|but|about|approx)\b")
 _LAST_LETTERS = re.compile(r"(?<=[0-9}\s])((?!i\s*\Z)[a-z]{1,3})\s*\Z")
+_DROPPED = re.compile(r"\\[lcv]?dots|\.\.\.|\\[pb]?mod|\\approx|\\sim|'")
+"""What math-verify leaves out without a word: "5 \\mod 7" and "5, \\ldots" would be 5."""
+_TIME = re.compile(r"[0-9]{1,2}:[0-5][0-9]")
 _BOMB = re.compile(r"!{3}|\^\{?\s*[0-9]{5}|\^\s*\{[^{}]*\^\s*\{[^{}]*\^\s*\{[^{}]*\^")
 _MAX_DEPTH = 40
 _PARTS = re.compile(r",|;|\\text\s*\{[^{}]*\}|\b(?:or|and)\b")
@@ -166,6 +169,12 @@ def settle(gold: str, answer: str) -> bool | None:
     if gold_words is not None and (words is not None or len(gold_words) > 1):
         return words == gold_words
     gold, answer = unwrap(gold), unwrap(answer)
+    if words is not None and " " not in words and re.fullmatch(r"[A-Za-z]{3,}", gold):
+        return words == gold.casefold()
+    if _TIME.fullmatch(gold) and _TIME.fullmatch(answer):
+        return gold == answer  # as a quotient, 4:40 would be 3:30
+    if _DROPPED.search(answer) and not _DROPPED.search(gold):
+        return False
     if _BASED.fullmatch(gold) or _BASED.fullmatch(answer):
         # The base belongs to what is asked: neither the bare digits nor another base will do.
         return _base_and_digits(gold) == _base_and_digits(answer)

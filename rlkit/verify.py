@@ -64,8 +64,8 @@ def verify(answer: str | None, gold: str, answer_type: str) -> Verdict:
     Args:
         answer: extracted answer, None if the response has none.
         gold: gold answer of the problem row.
-        answer_type: ``integer`` (exact, at once) or ``expression`` (plain numbers and what the texts
-            settle at once, the rest by math-verify within ``SECONDS_PER_EXPRESSION``).
+        answer_type: ``integer`` (exact, at once) or ``expression`` (what the texts settle at once,
+            the rest by math-verify within ``SECONDS_PER_EXPRESSION``).
 
     Raises:
         GoldError: the gold answer cannot be parsed.
