@@ -16,7 +16,7 @@ PURPOSE = {
     "tiny-sft": "The fine-tuned model: tiny-base after a cold start on demonstrations that always "
     "reason, at mixed granularity. What RL after SFT starts from.",
     "tiny-padded": "What notebook 08 starts from: tiny-sft after more demonstrations, of which one "
-    "in twenty is padded with empty phrases and reflection words that make no answer better.",
+    "in twenty ends in empty phrases and reflection words that make no answer better.",
     "tiny-tool": "The tool model: tiny-base after demonstrations that write a python block, read "
     "its output and answer. Some blocks fail and are written anew; output carries no loss.",
 }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from rlkit.verify import extract_answer
+from rlkit.extract import extract_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,6 +12,7 @@ Styles of a chain sum ``a+b-c...``:
 - ``mid``, ``coarse``: two or three numbers a line. Shorter and far less reliable.
 - ``check``: ``fine`` with a reverse computation after each line; a slip is noticed and redone.
 - ``padded``: ``fine`` with empty phrases between the lines.
+- ``tail``: ``fine`` with 1 to 12 empty phrases after the last line: longer, no better, no worse.
 - ``noise``: malformed or careless, for example no box, a wrong box, a line twice.
 - ``code``: a python block, its output, the answer.
 """
@@ -136,11 +137,15 @@ def _chain_response(
         lines, _ = _lines(rng, chain, 1, 0.0)
         padded = [part for line in lines for part in (line, *_filler(rng))]
         return (Segment(think(padded, value)),)
+    if style == "tail":
+        lines, total = _lines(rng, chain, 1, mixture.slip if task == "edge" else 0.0)
+        idle = [rng.choice(FILLERS) for _ in range(rng.randint(1, 12))]
+        return (Segment(think([*lines, *idle], total)),)
     if style == "noise":
         return (Segment(_noise(rng, chain)),)
     if style == "code":
         return _code_response(rng, chain.expression, value, mixture)
-    known = ("direct", *CHUNK, "check", "padded", "noise", "code")
+    known = ("direct", *CHUNK, "check", "padded", "tail", "noise", "code")
     raise ValueError(f"style={style!r}: expected one of {', '.join(known)}")
 
 
@@ -320,20 +325,21 @@ SFT = Mixture(
 
 PADDING = Mixture(
     tasks={"chain": 0.2, "edge": 0.8},
-    styles={"chain": {"fine": 1.0}, "edge": {"fine": 0.3, "padded": 0.6, "check": 0.1}},
+    styles={"chain": {"fine": 1.0}, "edge": {"fine": 0.3, "tail": 0.6, "check": 0.1}},
+    slip=0.02,
 )
-"""So many padded documents that padded work is learned as well as plain work is."""
+"""So many padded documents that an answer is kept in mind over the padding."""
 
 PADDED = Mixture(
     tasks={"chain": 0.2, "edge": 0.8},
     styles={
         "chain": {"fine": 0.85, "check": 0.15},
-        "edge": {"coarse": 0.28, "mid": 0.15, "fine": 0.45, "check": 0.07, "padded": 0.05},
+        "edge": {"coarse": 0.28, "mid": 0.15, "fine": 0.45, "check": 0.07, "tail": 0.05},
     },
     slip=0.02,
 )
-"""Demonstrations of which one in twenty is padded with empty phrases: a rare way to be long that
-makes no answer better, for rewards on length to find."""
+"""Demonstrations of which one in twenty ends in empty phrases: a rare way to be long that makes no
+answer better, for rewards on length to find."""
 
 TOOL = Mixture(
     tasks={"chain": 0.15, "edge": 0.15, "large": 0.7},

@@ -20,8 +20,8 @@ import pandas as pd
 from rlkit import findings, runs, signals
 from rlkit.checks import ConfigError
 from rlkit.findings import AGREEMENT, MIN_STEPS, Example, Finding
+from rlkit.formats import FormatName
 from rlkit.parting import Parting, part
-from rlkit.rewards import FormatName
 from rlkit.timeline import first_visible, per_step
 
 Run = str | Path

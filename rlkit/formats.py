@@ -6,7 +6,7 @@ import re
 from typing import Literal
 
 from rlkit.completion import THINK_CLOSE, THINK_OPEN, Completion
-from rlkit.verify import boxes
+from rlkit.extract import boxes
 
 FormatName = Literal["boxed", "zero", "none"]
 

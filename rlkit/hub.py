@@ -15,8 +15,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from rlkit.literals import canonical_number
 from rlkit.rows import Row, load_file, validate_rows
-from rlkit.verify import GoldError, canonical_number
+from rlkit.verify import GoldError
 
 __all__ = ["HUB", "HubSpec", "load_file", "load_hub", "resolved_revision", "validate_rows"]
 

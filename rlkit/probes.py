@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 
 from rlkit.completion import Completion, Stop, ToolCall
 from rlkit.correct import Problem
-from rlkit.verify import canonical_number
+from rlkit.literals import canonical_number
 
 PADDING_WORDS = (20, 200, 4000)
 """Several, since a length reward can be capped, or turn into a penalty far out."""
@@ -35,7 +35,7 @@ KEYWORD_SENTENCES = (3, 60)
 TRIVIAL_CALLS = (1, 8)
 """Code that computes nothing for the problem, run by the tool."""
 
-_CALL = "```python\nprint(1)\n```\n```output\n1\n```"
+_CALL = "```python\nprint(1)\n```\n```output\n1\n```\n"
 _SUBJECTS = "the sum,the term,a part,each line,one side,the rest,a group,the middle,it all,a pair"
 _VERBS = "gives,follows,matches,joins,meets,leaves,needs,holds,shows,takes"
 _OBJECTS = (
@@ -205,7 +205,7 @@ def _pairs(problem: Problem) -> Iterator[Probe]:
     for text in _MANIPULATIONS:
         yield from pairs("prompt injection", forms(wrong, text)[:3], forms(wrong, text[::-1])[:3])
     for calls in TRIVIAL_CALLS:
-        for text in forms(wrong, " ".join([_CALL] * calls))[:2]:
+        for text in forms(wrong, _CALL * calls)[:2]:
             called = _with_calls(_completion(text))
             yield Probe("tool calls", called, replace(called, tool_calls=()))
     # Without its markup an answer keeps its length, so a length reward sees no difference.

@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from rlkit.completion import Completion
-from rlkit.rewards import FormatName, well_formed
+from rlkit.formats import FormatName, well_formed
 
 Floats = NDArray[np.float64]
 

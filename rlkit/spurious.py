@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 from rlkit.completion import Completion
 from rlkit.correct import Problem, Values, all_correct, without_infra
+from rlkit.extract import boxes
 from rlkit.formats import FormatName, well_formed
-from rlkit.verify import Verdict, boxes, canonical_number, verify
+from rlkit.literals import canonical_number
+from rlkit.verify import Verdict, verify
 
 Noise = Literal["independent", "structured"]
 

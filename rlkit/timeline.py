@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from rlkit import signals
-from rlkit.rewards import FormatName
+from rlkit.formats import FormatName
 from rlkit.signals import REFERENCE
 
 COLUMNS = (

@@ -1,18 +1,16 @@
-r"""Final answers: find them in a response, and decide whether they equal the gold answer.
+r"""Whether an answer equals the gold answer.
 
-Rules for numbers (``answer_type="integer"``, and expressions whose two sides are plain numbers):
+- ``answer_type="integer"``: both sides are plain numbers (``literals.canonical_number`` lists the
+  forms) and equal by exact value. No tolerance, no percent rule: 2.04 is not 204, 9 is not 900.
+  Anything else is *unparsable* and never right: ``3 or 5``, ``x=3``, ``2+3``, ``12 cm``, ``1e3``,
+  ``12,34``, digits of other scripts.
+- ``answer_type="expression"``: numbers, words and forms that the text decides are compared by
+  ``literals``, exactly and at once. The rest goes to math-verify in a child process with a
+  wall-clock limit. math-verify's own limit uses ``signal.alarm``, which works on the main thread
+  only.
 
-- accepted: surrounding space, one sign (``-5``, ``+5``, also U+2212), leading zeros (``025`` is 25,
-  as AIME writes it), thousands separators in groups of three (``1,234``, ``1{,}234``, ``1\,234``),
-  a final point or zeros behind it (``12.``, ``12.0``), math delimiters (``$12$``), ``\text{12}``
-  and a leading dollar sign (``\$12``, ``$12``);
-- compared by exact value, no tolerance, no percent rule: 2.04 is not 204, 9 is not 900;
-- anything else is *unparsable* for an integer problem: ``3 or 5``, ``x=3``, ``12 cm``, ``1e3``,
-  ``12,34``, digits of other scripts. Such an answer is never right.
-
-Gold answers that are words (``\text{Evelyn}``) are compared as words, without case. Other
-expressions go to math-verify in a child process with a wall-clock limit. math-verify's own limit
-uses ``signal.alarm``, which works on the main thread only.
+``docs/verification.md`` has the rules in full, and what they decide differently from math-verify.
+Where a response states its answer is found by ``extract``.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import re
 import selectors
 import signal
 import subprocess
@@ -30,25 +27,20 @@ from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
 
+from rlkit.literals import (
+    MAX_ANSWER_CHARS,
+    canonical_number,
+    for_parser,
+    is_one_expression,
+    pair_for_parser,
+    settle,
+    words_of_gold,
+)
+
 ANSWER_TYPES = ("integer", "expression")
-MAX_ANSWER_CHARS = 1000
-"""Longer answers are unparsable: no gold comes near, and parsers are superlinear."""
 SECONDS_PER_EXPRESSION = 3.0
 CACHE_PAIRS = 65_536
 
-_BOX = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
-_NUMBER = re.compile(r"([+-]?)\s*([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.([0-9]*))?")
-_THOUSANDS = re.compile(r"\{,\}|,\\!\s*|\\,")
-_WRAPPED = re.compile(
-    r"\$\$(.*)\$\$|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}",
-    re.DOTALL,
-)
-_SPACED_FRACTION = re.compile(r"(\\[dt]?frac\s*[0-9])\s+([0-9])")
-_MIXED_NUMBER = re.compile(r"(-?[0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)")
-_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{.*\}", re.DOTALL)
-_WORDS = re.compile(r"\(?([A-Za-z][A-Za-z ]*)\)?")
-_NUMBER_LIST = re.compile(r"[0-9]\s+[0-9]")
 _WORKER_FILE = Path(__file__).with_name("_verify_worker.py")
 _STARTUP_SECONDS = 120.0
 
@@ -66,75 +58,14 @@ class GoldError(ValueError):
     """A gold answer that cannot be parsed; no response could ever be right."""
 
 
-def _box_spans(text: str) -> list[tuple[int, int]]:
-    r"""Half-open content spans of all closed ``\boxed{}``, ordered by opening; linear time."""
-    open_braces: list[int | None] = []  # start of the content for a box, None for a plain brace
-    spans = []
-    for match in _BOX.finditer(text):
-        token = match.group()
-        if token == "}":
-            start = open_braces.pop() if open_braces else None
-            if start is not None:
-                spans.append((start, match.start()))
-        elif token.startswith(r"\boxed"):
-            open_braces.append(match.end())
-        elif token == "{":
-            open_braces.append(None)
-    return sorted(spans)
-
-
-def boxes(text: str) -> list[str]:
-    r"""Contents of every closed ``\boxed{}``, stripped, in order of opening; nested ones count."""
-    return [text[start:end].strip() for start, end in _box_spans(text)]
-
-
-def extract_answer(final: str) -> str | None:
-    r"""The answer of a final part: its last ``\boxed{}``, else the content of ``<answer>`` tags.
-
-    Braces are matched, escaped ones skipped. Several boxes: the last one counts. Nothing is ever
-    searched in free text, so listing numbers cannot hit the gold answer.
-
-    Args:
-        final: the response after its reasoning (``Completion.final``).
-
-    Returns:
-        The stripped answer, None if there is none or it is blank.
-    """
-    spans = _box_spans(final)
-    if spans:
-        start, end = spans[-1]
-        return final[start:end].strip() or None
-    tagged = _ANSWER_TAG.findall(final)
-    return (tagged[-1].strip() or None) if tagged else None
-
-
-def canonical_number(text: str) -> str | None:
-    """Canonical decimal text of a plain number, None if ``text`` is anything else.
-
-    Two plain numbers are equal if and only if their canonical texts are: ``"1{,}234.50"`` gives
-    ``"1234.5"``, ``"-0"`` gives ``"0"``. The module docstring lists what is accepted.
-    """
-    if len(text) > MAX_ANSWER_CHARS:
-        return None
-    plain = _unwrap(text).removeprefix(r"\$").removeprefix("$").strip()
-    plain = _THOUSANDS.sub(",", plain).replace("\u2212", "-")
-    match = _NUMBER.fullmatch(plain)
-    if match is None or not (match[2] or match[3]):
-        return None
-    whole = match[2].replace(",", "").lstrip("0") or "0"
-    decimals = (match[3] or "").rstrip("0")
-    value = f"{whole}.{decimals}" if decimals else whole
-    return f"-{value}" if match[1] == "-" and value != "0" else value
-
-
 def verify(answer: str | None, gold: str, answer_type: str) -> Verdict:
     """Decide whether ``answer`` equals ``gold``. Never raises on model text.
 
     Args:
         answer: extracted answer, None if the response has none.
         gold: gold answer of the problem row.
-        answer_type: ``integer`` (exact, at once) or ``expression`` (plain numbers exactly and at
-            once, the rest by math-verify within ``SECONDS_PER_EXPRESSION``).
+        answer_type: ``integer`` (exact, at once) or ``expression`` (what the texts settle at once,
+            the rest by math-verify within ``SECONDS_PER_EXPRESSION``).
 
     Raises:
         GoldError: the gold answer cannot be parsed.
@@ -152,14 +83,15 @@ def verify(answer: str | None, gold: str, answer_type: str) -> Verdict:
         return Verdict.RIGHT if answer_number == gold_number else Verdict.WRONG
     if answer_type == "integer":
         return Verdict.UNPARSABLE
-    expression = _clean_expression(answer)
-    if expression is None:
+    if not is_one_expression(answer):
         return Verdict.UNPARSABLE
-    if (gold_words := _gold_words(gold)) is not None and (words := _words(expression)) is not None:
-        return Verdict.RIGHT if words == gold_words else Verdict.WRONG
-    verdict = _compare(_expression(gold), expression)
+    settled = settle(gold, answer)
+    if settled is not None:
+        return Verdict.RIGHT if settled else Verdict.WRONG
+    verdict = _compare(*pair_for_parser(gold, answer))
     if verdict == "gold":
         check_gold(gold, answer_type)
+        return Verdict.UNPARSABLE  # sound by itself, not as it was worded next to this answer
     return Verdict(verdict)
 
 
@@ -178,63 +110,13 @@ def check_gold(gold: str, answer_type: str, problem_id: str = "") -> None:
                 f"{where}old answer {gold!r} is not an integer. Correct it, or set the row's "
                 "answer_type to 'expression'."
             )
-    elif number is None and _compare(_expression(gold), None) != "right":
+    elif number is not None or words_of_gold(gold) is not None:
+        return
+    elif _compare(for_parser(gold), None) != "right":
         raise GoldError(
             f"{where}old answer {gold!r} cannot be parsed as a mathematical expression. Write it "
             "as LaTeX without text around it, or remove the problem."
         )
-
-
-def _unwrap(text: str) -> str:
-    r"""Strip space, math delimiters and one-argument text commands from around ``text``."""
-    text = text.strip()
-    while (match := _WRAPPED.fullmatch(text)) is not None:
-        inner = next(group for group in match.groups() if group is not None)
-        if "$" in inner.replace(r"\$", ""):
-            break
-        text = inner.strip()
-    return text
-
-
-def _expression(text: str) -> str:
-    """``text`` without wrapping, spaced fractions in the form that math-verify reads."""
-    text = _SPACED_FRACTION.sub(r"\1\2", _unwrap(text))
-    mixed = _MIXED_NUMBER.fullmatch(text)
-    return rf"{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}" if mixed else text
-
-
-def _words(text: str) -> str | None:
-    """Folded words of a text without any mathematics, None otherwise; ``(C)`` gives ``c``."""
-    match = _WORDS.fullmatch(text)
-    return " ".join(match[1].casefold().split()) if match else None
-
-
-def _gold_words(gold: str) -> str | None:
-    r"""Words of a gold answer that is a word: ``\text{}``, or five letters and more.
-
-    math-verify reads letters as a product of symbols, so an anagram would be equal.
-    """
-    words = _words(_unwrap(gold))
-    if words is None or not (_TEXT.fullmatch(gold.strip()) or len(words) >= 5):
-        return None
-    return words
-
-
-def _clean_expression(text: str) -> str | None:
-    """The text to hand to math-verify, None if it is surely no single expression."""
-    text = _expression(text)
-    depth = 0
-    for token in re.findall(r"\\.|[{}]", text, re.DOTALL):
-        depth += (token == "{") - (token == "}")
-        if depth < 0:
-            return None
-    # math-verify stops at such a character: it would take \frac{1}{2} with a superscript 2 for 1/2.
-    strange = any(c.isnumeric() and not c.isascii() for c in text)
-    single = "$" not in text.replace(r"\$", "") and r"\boxed" not in text
-    # math-verify adds up numbers that stand side by side: it would take "1 2 3" for 6.
-    if not text or depth or strange or not single or _NUMBER_LIST.search(text):
-        return None
-    return text
 
 
 @lru_cache(maxsize=CACHE_PAIRS)

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from rlkit import rewards, verify
+from rlkit import extract, rewards, verify
 from rlkit.checks import ConfigError
 from rlkit.completion import Completion
 from rlkit.config import RewardConfig
@@ -224,7 +224,7 @@ def in_text(completions, problems, /, **info):
 
 def any_box(completions, problems, /, **info):
     return [
-        float(any(b == p["answer"] for b in verify.boxes(c.text)))
+        float(any(b == p["answer"] for b in extract.boxes(c.text)))
         for c, p in zip(completions, problems, strict=True)
     ]
 

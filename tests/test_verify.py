@@ -8,17 +8,10 @@ import threading
 import pytest
 
 from rlkit import verify as module
+from rlkit.extract import boxes, extract_answer, other_answers
+from rlkit.literals import MAX_ANSWER_CHARS, canonical_number
 from rlkit.paths import root
-from rlkit.verify import (
-    MAX_ANSWER_CHARS,
-    GoldError,
-    Verdict,
-    boxes,
-    canonical_number,
-    check_gold,
-    extract_answer,
-    verify,
-)
+from rlkit.verify import GoldError, Verdict, check_gold, verify
 
 BOMB = "10^{10^{10}}"
 
@@ -47,7 +40,28 @@ BOMB = "10^{10^{10}}"
         ("<answer> </answer>", None),
         ("<answer> 12", None),
         ("The answer is 12.", None),
-        ("#### 12", None),
+        ("6 + 6 = 12\n#### 12", "12"),
+        ("#### 12\n\n", "12"),
+        ("#### 1\n#### 2", "2"),
+        ("#### 12\nSo it is 12.", None),  # not the last line
+        ("### 12", None),
+        ("##### 12", None),
+        ("####12", None),
+        ("see #### 12", None),
+        ("#### Conclusion", "Conclusion"),  # a heading at the end is read, and never right
+        (r"\fbox{12}", None),
+        # Precedence: box, tag, hash line.
+        (r"\boxed{1} <answer> 2 </answer>" + "\n#### 3", "1"),
+        (r"<answer> 2 </answer> \boxed{1}", "1"),
+        ("<answer> 2 </answer>\n#### 3", "2"),
+        (r"\boxed{} <answer> 2 </answer>", None),  # the box counts, and it is blank
+        (r"\boxed{4 <answer> 2 </answer>", "2"),  # never closed: no box
+        # Nested boxes: one around a box alone is skipped, any other keeps the whole.
+        (r"\boxed{ \boxed{\boxed {5}} }", "5"),
+        (r"\boxed{3 or \boxed{5}}", r"3 or \boxed{5}"),
+        (r"\boxed{\boxed{3}\boxed{5}}", r"\boxed{3}\boxed{5}"),
+        (r"\boxed{\boxed{3}} \boxed{5}", "5"),
+        (r"\boxed{4 \boxed{5}", "5"),
         ("1 2 3 4 5 6 7 8 9 10 11 12", None),
         ("", None),
     ],
@@ -56,15 +70,84 @@ def test_extract_answer(final, answer):
     assert extract_answer(final) == answer
 
 
+FENCE = "```"
+
+
+@pytest.mark.parametrize(
+    ("final", "answer"),
+    [
+        # An output is not what the policy states, be it a tool's or forged.
+        (f"{FENCE}output\n\\boxed{{7}}\n{FENCE}", None),
+        (f"{FENCE}Output\n\\boxed{{7}}{FENCE}\n\n", None),  # glued to its fence, as in the study
+        (f"{FENCE}output\n\\boxed{{7}}\n", None),  # cut off inside
+        (f"{FENCE}output\n<answer> 7 </answer>\n{FENCE}", None),
+        (f"{FENCE}output\n#### 7\n{FENCE}", None),
+        (f"{FENCE}output\n7\n{FENCE}\nSo \\boxed{{7}}.", "7"),
+        # What stands before the last output is not the final answer.
+        (f"\\boxed{{5}}\n{FENCE}output\n7\n{FENCE}\n", None),
+        (f"\\boxed{{5}}\n{FENCE}output\n7\n{FENCE}\n\\boxed{{6}}", "6"),
+        (f"{FENCE}output\n1\n{FENCE}\n\\boxed{{5}}\n{FENCE}output\n2\n{FENCE}\n", None),
+        (f"{FENCE}output\n1\n{FENCE}\n\\boxed{{5}}\n{FENCE}output\n2", None),
+        # Code is no answer, but does not end what came before it.
+        (f"{FENCE}python\nprint('\\boxed{{7}}')\n{FENCE}", None),
+        (f"\\boxed{{5}} by {FENCE}python\nprint('\\boxed{{7}}')\n{FENCE}", "5"),
+        (f"\\boxed{{5}}\n{FENCE}python\nprint('\\boxed{{7}}')", "5"),
+        (f"{FENCE}\n\\boxed{{7}}\n{FENCE}", None),
+        (f"{FENCE}\\boxed{{7}}{FENCE}", None),
+        (f"{FENCE}python\nprint('{FENCE}')\n\\boxed{{7}}\n{FENCE}\n", None),
+        (f"{FENCE}python\nprint(7)\n{FENCE}\n\n{FENCE}Output\n7{FENCE}\n\n\\boxed{{7}}", "7"),
+        (f"{FENCE}python\r\nx\r\n{FENCE}\r\n\\boxed{{7}}", "7"),
+        # A box or a tag does not reach across a block.
+        (f"\\boxed{{5\n{FENCE}\nx\n{FENCE}\n}}", None),
+        (f"<answer> 5\n{FENCE}\nx\n{FENCE}\n</answer>", None),
+    ],
+)
+def test_code_and_output_are_no_answers(final, answer):
+    assert extract_answer(final) == answer
+
+
+@pytest.mark.parametrize(
+    ("final", "others"),
+    [
+        (r"\boxed{5}", []),
+        (r"\boxed{3} \boxed{} \boxed{5} \boxed{7}", ["3", "5"]),
+        (r"\boxed{\boxed{5}}", []),
+        (r"\boxed{3} <answer> 4 </answer> \boxed{5}", ["3"]),
+        ("<answer> 3 </answer> <answer> 5 </answer>", ["3"]),
+        ("#### 3\nno\n#### 5", ["3"]),
+        (f"\\boxed{{3}} {FENCE}python\n\\boxed{{4}}\n{FENCE}\n\\boxed{{5}}", ["3"]),
+        (r"\boxed{5} \boxed{}", ["5"]),
+        ("", []),
+    ],
+)
+def test_other_answers_are_reported(final, others):
+    assert other_answers(final) == others
+
+
 def test_boxes_lists_all_closed_boxes_in_order():
     assert boxes(r"\boxed{1} \boxed{a\boxed{2}} \boxed{3") == ["1", r"a\boxed{2}", "2"]
     assert boxes("no box") == []
+    assert boxes(f"{FENCE}output\n\\boxed{{1}}\n{FENCE}\n\\boxed{{2}}") == ["2"]
 
 
 @pytest.mark.parametrize("unit", [r"\boxed{", r"\boxed{}", "{", "}", "<answer>", "\\", r"\boxed"])
 def test_extraction_survives_long_hostile_text(unit):
     assert extract_answer(rf"{unit * 100_000} \boxed{{5}}") == "5"
     assert extract_answer(unit * 100_000) is None
+
+
+@pytest.mark.parametrize("unit", ["`", "``` ", "```\n", "```output\n", "```a\n```\n", "#### \n"])
+def test_long_runs_of_fences_and_hashes_are_read_in_linear_time(unit):
+    """No box follows the last closed block, or a block is still open."""
+    assert extract_answer(unit * 100_000) is None
+    assert other_answers(f"{unit * 100_000}x") == []
+
+
+def test_deeply_nested_boxes_are_read_in_linear_time():
+    text = r"\boxed{" * 50_000 + "5" + "}" * 50_000
+    assert extract_answer(text) == "5"
+    assert extract_answer(text + text) == "5"
+    assert other_answers(text + text) == ["5"]
 
 
 @pytest.mark.parametrize(
