@@ -1,31 +1,56 @@
-"""Child process of ``rlkit.verify``: compares expressions with math-verify, one per input line.
+"""Processes of ``rlkit.verify_pool``: a nursery that forks, workers that compare expressions.
 
 Run by path, never imported by the package: it must start without rlkit and without the caller's
 ``__main__`` (which multiprocessing's spawn would execute again).
 
-Input line: JSON ``[gold, answer]``, answer null to ask only whether the gold can be parsed.
-Output line: ``ready`` once, then one of right, wrong, unparsable, gold (the gold cannot be parsed).
-Arguments: seconds per item. The kernel's SIGALRM default action ends the process when an item runs
-over: that also stops C code, which a Python signal handler cannot.
+The nursery imports math-verify once and warms it up, so that a worker is forked in milliseconds.
+It has one thread. It reads commands from the socket on descriptor 0 and ends, with its whole
+process group, when the other side closes it or when the host is no longer its parent:
+
+- ``fork``, with a socket attached: fork a worker that serves this socket; reply its process id;
+- ``end <process id>``: kill that worker if it still runs; reply the CPU seconds that it had.
+
+A worker reads lines ``[seconds, gold, answer]`` in JSON and answers each with a line of three
+words: right, wrong, unparsable or gold (the gold cannot be parsed); its CPU seconds so far; its
+largest memory in KiB. The kernel's SIGALRM ends it when an item runs over its seconds: that also
+stops C code, which a Python signal handler cannot.
+
+Argument: process id of the host.
 """
 
 import contextlib
+import functools
+import gc
 import json
 import logging
 import os
 import resource
+import select
 import signal
+import socket
 import sys
+import time
+from collections.abc import Callable
 
 MEMORY_BYTES = 3 * 2**30
-WARM_UP = (r"\frac{1}{2}", "0.5")
+GOLDS = 512
+"""Parsed gold answers that a worker keeps: each meets many answers."""
+SECONDS_BETWEEN_LOOKS = 2.0
+WARM_UP = (
+    (r"\frac{1}{2}", "0.5"),
+    (r"2\sqrt{3}", r"\frac{\pi}{4}"),
+    ("x^2+3x-1", "e^{x}"),
+    ("(1,2)", r"\{1,2\}"),
+    ("[0,1)", r"x \in [-2,7]"),
+    ("x=3", r"90^\circ"),
+)
+"""Common forms: what is imported and cached on their way need not be done again after a fork."""
+
+Judge = Callable[[str, str], str]
 
 
-def main() -> None:
-    """Serve until stdin closes."""
-    limit = float(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    logging.disable(logging.CRITICAL)
+def load_judge() -> Judge:
+    """Import math-verify; the comparison of (gold, answer) texts."""
     from math_verify import parse, verify
     from math_verify.parser import LatexExtractionConfig
 
@@ -36,31 +61,84 @@ def main() -> None:
         boxed = r"\boxed{" + text + "}"
         return parse(boxed, config, fallback_mode="no_fallback", parsing_timeout=None)
 
-    def judge(gold_text: str, answer_text: str | None) -> str:
-        gold = read(gold_text)
+    read_gold = functools.lru_cache(maxsize=GOLDS)(read)
+
+    def judge(gold_text: str, answer_text: str) -> str:
+        gold = read_gold(gold_text)
         if not gold:
             return "gold"
-        answer = gold if answer_text is None else read(answer_text)
+        answer = gold if answer_text == gold_text else read(answer_text)
         if not answer:
             return "unparsable"
         return "right" if verify(gold, answer, timeout_seconds=None) else "wrong"
 
-    judge(*WARM_UP)
-    # Replies go to a private descriptor: anything a parser prints must not become a verdict.
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    silent = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silent, 1)
-    os.dup2(silent, 2)
-    replies.write("ready\n")
-    for line in sys.stdin:
-        gold_text, answer_text = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, limit)
-        verdict = "unparsable"
-        # Model text can raise anything inside the parsers, RecursionError and MemoryError included.
-        with contextlib.suppress(Exception):
-            verdict = judge(gold_text, answer_text)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        replies.write(verdict + "\n")
+    for pair in WARM_UP:
+        judge(*pair)
+    read_gold.cache_clear()
+    return judge
+
+
+def serve(channel: socket.socket, judge: Judge) -> None:
+    """Compare what comes from ``channel`` until it closes."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the host may have had it ignored or blocked
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    with channel.makefile("r", encoding="ascii") as lines:
+        for line in lines:
+            seconds, gold_text, answer_text = json.loads(line)
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            verdict = "unparsable"
+            # Model text can raise anything in the parsers, RecursionError and MemoryError included.
+            with contextlib.suppress(Exception):
+                verdict = judge(gold_text, answer_text)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            channel.sendall(f"{verdict} {time.process_time():.3f} {largest}\n".encode())
+
+
+def nurse(control: socket.socket, judge: Judge, host: int) -> None:
+    """Fork and end workers as told, until the host is gone; does not return."""
+    while True:
+        if not select.select([control], [], [], SECONDS_BETWEEN_LOOKS)[0]:
+            if os.getppid() == host:
+                continue
+            break  # a copy of the host's socket lives on somewhere
+        message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
+        if not message:
+            break
+        if descriptors:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    control.close()
+                    serve(socket.socket(fileno=descriptors[0]), judge)
+                finally:
+                    os._exit(0)
+            # With a copy here, or in a sibling, the host would never see this worker's end.
+            os.close(descriptors[0])
+            control.sendall(b"%d\n" % pid)
+        else:
+            pid = int(message.split()[1])
+            os.kill(pid, signal.SIGKILL)  # not waited for yet, so the number is still its own
+            used = os.wait4(pid, 0)[2]
+            control.sendall(b"%.3f\n" % (used.ru_utime + used.ru_stime))
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> None:
+    """Start the nursery; a failure to import math-verify ends on stderr."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    logging.disable(logging.CRITICAL)
+    judge = load_judge()
+    gc.collect()
+    gc.freeze()  # or the first collection in a worker would copy every page
+    control = socket.socket(fileno=os.dup(0))
+    # Replies have sockets of their own: nothing that a parser prints can become a verdict.
+    silent = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(silent, standard)
+    control.sendall(b"ready\n")
+    nurse(control, judge, int(sys.argv[1]))
 
 
 if __name__ == "__main__":
