@@ -7,7 +7,7 @@ A problem has a chance of success uniform in [0, 1], and each of its rollouts is
 
 - right with this chance: in the words of the gold four times in five, else in another form;
 - wrong otherwise: with weights 1, 1/2, 1/3, ... one of eight near misses of the gold, among them
-  the habits of models (``x=12``, ``12 \text{ cm}``, ``3 or 5``, a hundredth, no answer).
+  the habits of models (``x=12``, ``12 \text{ cm}``, ``3 or 5``, ``12\%``, no answer).
 
 ``distinct`` instead gives every rollout of a problem another text, so that no pair ever repeats.
 """
@@ -93,8 +93,9 @@ def _integer(draw: random.Random) -> Drawn:
 
     def near(at: int) -> str:
         miss = value + draw.choice((-1, 1)) * draw.randint(1, 9 + 10 * at)
-        habits = {2: f"x={miss}", 4: rf"{miss} \text{{ cm}}", 5: f"{value} or {miss}"}
-        return f"{value / 100:g}" if at == 6 else habits.get(at, str(miss))
+        habits = {2: f"x={value}", 4: rf"{value} \text{{ cm}}", 5: f"{value} or {miss}"}
+        habits[6] = rf"{value}\%"
+        return habits.get(at, str(miss))
 
     return str(value), f"{value:,}.0", near
 
@@ -121,8 +122,8 @@ FORMS: list[Callable[[int, int, int], tuple[str, str]]] = [
     lambda a, b, c: (rf"{a}+{b}\sqrt{{{c}}}", rf"{b}\sqrt{{{c}}}+{a}"),
     lambda a, b, c: (rf"\frac{{{a}\pi}}{{{b}}}", rf"\frac{{{a}}}{{{b}}}\pi"),
     lambda a, b, c: (f"{a}x^2+{b}x-{c}", f"-{c}+{b}x+{a}x^2"),
-    lambda a, b, c: (f"({a},{b}]", f"({a}, {b}]"),
-    lambda a, b, c: (f"({a},{b * c})", rf"\left({a},{b * c}\right)"),
+    lambda a, b, c: (f"({a},{a + b * c}]", f"({a}, {a + b * c}]"),
+    lambda a, b, c: (f"({a},{a + b * c})", rf"\left({a},{a + b * c}\right)"),
     lambda a, b, c: (rf"\{{{a},{b},{c}\}}", rf"\{{{c},{b},{a}\}}"),
     lambda a, b, c: (
         rf"\begin{{pmatrix}}{a}\\{b}\end{{pmatrix}}",

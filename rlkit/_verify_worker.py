@@ -38,15 +38,44 @@ GOLDS = 512
 SECONDS_BETWEEN_LOOKS = 2.0
 WARM_UP = (
     (r"\frac{1}{2}", "0.5"),
-    (r"2\sqrt{3}", r"\frac{\pi}{4}"),
+    (r"2\sqrt{3}", r"3\sqrt{2}"),
+    (r"1+2\sqrt{3}", r"\frac{1-\sqrt{5}}{2}"),
+    (r"\frac{\pi}{4}", r"\frac{2\pi}{3}"),
+    ("x^2+3x-1", "2x^2-3x+1"),
     ("x^2+3x-1", "e^{x}"),
-    ("(1,2)", r"\{1,2\}"),
+    ("(1,2)", r"\left(2,1\right)"),
+    ("(1,2)", r"\{1,2,3\}"),
     ("[0,1)", r"x \in [-2,7]"),
-    ("x=3", r"90^\circ"),
+    ("x=3", r"y=90^\circ"),
+    ("x", "3 or 5"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}2\\1\end{bmatrix}"),
 )
 """Common forms: what is imported and cached on their way need not be done again after a fork."""
 
 Judge = Callable[[str, str], str]
+
+
+def parse_in_two_stages() -> None:
+    """Let the LaTeX parser try ANTLR's SLL prediction first: most of its time is LL prediction.
+
+    By ANTLR's documentation (PredictionMode.SLL) that gives the parse tree of LL prediction or a
+    syntax error; on an error the text is parsed again as before.
+    """
+    from antlr4.atn.PredictionMode import PredictionMode
+    from latex2sympy2_extended.latex2sympy2 import PSParser
+
+    whole = PSParser.math
+
+    def math(self: PSParser) -> PSParser.MathContext:
+        self._interp.predictionMode = PredictionMode.SLL
+        try:
+            return whole(self)
+        except Exception:  # the error listener of latex2sympy raises nothing narrower
+            self.reset()
+            self._interp.predictionMode = PredictionMode.LL
+            return whole(self)
+
+    PSParser.math = math
 
 
 def load_judge() -> Judge:
@@ -54,6 +83,7 @@ def load_judge() -> Judge:
     from math_verify import parse, verify
     from math_verify.parser import LatexExtractionConfig
 
+    parse_in_two_stages()
     # The whole box has to parse: the plain-expression fallback would pick a number out of a text.
     config = [LatexExtractionConfig(boxed_match_priority=0)]
 
