@@ -146,14 +146,19 @@ def processes() -> list[int]:
     return found
 
 
+def expressions(batch: Sequence[Item]) -> int:
+    """Items of a step that are no integer problem."""
+    return sum(kind == "expression" for _, _, kind in batch)
+
+
 def bomb_row(count: int, seed: int, problems: int, rollouts: int) -> tuple[Any, ...]:
     """(bombs, seconds of a clean step, with bombs, bound, time-outs, processes after close)."""
-    clean, dirty = (
-        steps_of(seed + at, 10, problems, rollouts, distinct=True)[:1] for at in range(2)
-    )
-    wait = timed(ours, clean)[0]
-    bombed = [[*dirty[0][count:], *bombs(seed, count)]]
-    took, verdicts = timed(ours, bombed)
+    mixes = (steps_of(seed + at, 10, problems, rollouts, distinct=True) for at in range(2))
+    clean, dirty = (max(mix, key=expressions) for mix in mixes)
+    wait = timed(ours, [clean])[0]
+    # Bombs take the places of integers, so that both steps hold much the same mathematics.
+    dirty = sorted(dirty, key=lambda item: item[2], reverse=True)[count:]
+    took, verdicts = timed(ours, [[*dirty, *bombs(seed, count)]])
     rounds = ceil(count / verify_pool.usable_cores())
     bound = wait + SLACK * rounds * verify_pool.SECONDS_PER_EXPRESSION
     verify_pool.close()

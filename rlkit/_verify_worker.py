@@ -78,12 +78,60 @@ def parse_in_two_stages() -> None:
     PSParser.math = math
 
 
+def simplify_only_in_doubt() -> None:
+    """Spare math-verify's last resort, ``simplify(a - b)``, where the difference is surely not 0.
+
+    That is a polynomial with rational coefficients that do not all cancel, or a number made of
+    sums, products, rational powers, pi and e whose value is far from 0 within its precision.
+    Simplifying could only confirm it.
+    """
+    from math_verify import grader
+    from sympy import Add, Expr, Mul, Number, NumberSymbol, Pow, Rational, preorder_traversal
+
+    whole = grader.sympy_symbolic_eq
+
+    def polynomial_differs(difference: Expr) -> bool:
+        terms: dict[frozenset, Rational] = {}
+        for term in Add.make_args(difference):
+            coefficient, rest = term.as_coeff_Mul()
+            powers: dict[Expr, int] = {}
+            for base, power in (f.as_base_exp() for f in Mul.make_args(rest) if f != 1):
+                if not (base.is_Symbol and power.is_Integer and power > 0):
+                    return False
+                powers[base] = powers.get(base, 0) + int(power)
+            if not coefficient.is_Rational:
+                return False
+            key = frozenset(powers.items())
+            terms[key] = terms.get(key, 0) + coefficient
+        return any(terms.values())
+
+    def number_differs(difference: Expr) -> bool:
+        for node in preorder_traversal(difference):
+            if not isinstance(node, (Number, NumberSymbol, Add, Mul, Pow)):
+                return False
+            if isinstance(node, Pow) and not (node.exp.is_Rational and abs(node.exp) <= 100):
+                return False
+        value = difference.evalf(15)
+        return bool(value.is_Float and value._prec > 1 and abs(value) > 1e-6)
+
+    def symbolic_eq(a: object, b: object) -> bool:
+        if isinstance(a, Expr) and isinstance(b, Expr):
+            difference = a - b
+            differs = polynomial_differs if difference.free_symbols else number_differs
+            if differs(difference):
+                return False
+        return whole(a, b)
+
+    grader.sympy_symbolic_eq = symbolic_eq
+
+
 def load_judge() -> Judge:
     """Import math-verify; the comparison of (gold, answer) texts."""
     from math_verify import parse, verify
     from math_verify.parser import LatexExtractionConfig
 
     parse_in_two_stages()
+    simplify_only_in_doubt()
     # The whole box has to parse: the plain-expression fallback would pick a number out of a text.
     config = [LatexExtractionConfig(boxed_match_priority=0)]
 
