@@ -78,6 +78,21 @@ def parse_in_two_stages() -> None:
     PSParser.math = math
 
 
+def read_digits_at_once() -> None:
+    """Let the LaTeX parser make an Integer of digits; sympy.Number(text) starts a parser for it."""
+    from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
+    from sympy import Integer
+
+    general = _Latex2Sympy.parse_number
+
+    def parse_number(self: _Latex2Sympy, text: str) -> object:
+        if text.isascii() and text.isdigit():
+            return Integer(int(text))
+        return general(self, text)
+
+    _Latex2Sympy.parse_number = parse_number
+
+
 def simplify_only_in_doubt() -> None:
     """Spare math-verify's last resort, ``simplify(a - b)``, where the difference is surely not 0.
 
@@ -131,6 +146,7 @@ def load_judge() -> Judge:
     from math_verify.parser import LatexExtractionConfig
 
     parse_in_two_stages()
+    read_digits_at_once()
     simplify_only_in_doubt()
     # The whole box has to parse: the plain-expression fallback would pick a number out of a text.
     config = [LatexExtractionConfig(boxed_match_priority=0)]
