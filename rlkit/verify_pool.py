@@ -206,7 +206,8 @@ class Pool:
         Raises:
             RuntimeError: the processes cannot start, or ``close`` was called meanwhile.
         """
-        threads, epoch = self._threads, self._epoch
+        with self._lock:
+            threads, epoch = self._threads, self._epoch
         futures = []
         try:
             for pair in pairs:

@@ -184,6 +184,14 @@ def test_a_worker_killed_while_idle_is_replaced(pool: Pool) -> None:
     assert verdicts(pool, ("x", "x"), ("x", "y")) == ["right", "wrong"]
 
 
+def test_a_worker_that_grew_large_is_replaced(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_pool, "_RETIRE_KIB", 1)
+    verdicts(pool, ("x", "x"), ("x", "x"))  # leaves no idle worker behind
+    before = pool.forked
+    assert verdicts(pool, ("x", "x"), ("x", "y"), ("x", "z")) == ["right", "wrong", "wrong"]
+    assert pool.forked - before == 3
+
+
 def in_background(pool: Pool, *pairs: verify_pool.Pair) -> tuple[threading.Thread, list[Judged]]:
     found: list[Judged] = []
     thread = threading.Thread(target=lambda: found.extend(pool.judge(pairs)))
