@@ -155,7 +155,7 @@ def bomb_row(count: int, seed: int, problems: int, rollouts: int) -> tuple[Any, 
     """(bombs, seconds of a clean step, with bombs, bound, time-outs, processes after close)."""
     mixes = (steps_of(seed + at, 10, problems, rollouts, distinct=True) for at in range(2))
     clean, dirty = (max(mix, key=expressions) for mix in mixes)
-    ours([("x+1", "x+2", "expression")])  # starts the processes
+    ours([(f"x+{count}", f"x-{count}", "expression")])  # starts the processes
     wait = timed(ours, [clean])[0]
     # Bombs take the places of integers, so that both steps hold much the same mathematics.
     dirty = sorted(dirty, key=lambda item: item[2], reverse=True)[count:]
