@@ -425,3 +425,32 @@ def test_parsing_in_two_stages_changes_no_tree() -> None:
     )  # fmt: skip
     assert one == two
     assert one.count("(math") > 20
+
+
+def test_short_cuts_change_no_verdict() -> None:
+    code = (
+        "import logging, sys; sys.path.insert(0, 'rlkit'); sys.path.insert(0, 'benchmarks')\n"
+        "import _answers, _verify_worker as w\n"
+        "logging.disable(logging.CRITICAL)\n"
+        "if sys.argv[1] == 'plain':\n"
+        "    w.parse_in_two_stages = w.read_digits_at_once = w.simplify_only_in_doubt = lambda: 0\n"
+        "judge = w.load_judge()\n"
+        "golds = ['x^2-1', 'xy', '2\\\\pi', '\\\\sqrt{5+2\\\\sqrt{6}}', '\\\\frac13', '007',"
+        " '10\\\\%', '\\\\frac{x}{3}', '4 - e', '(x-1)(x+1)']\n"
+        "answers = ['(x+1)(x-1)', 'yx', '6.2831853', '\\\\sqrt{2}+\\\\sqrt{3}', '0.3333333', '7',"
+        " '0.1', '0.3333x', '1.2817182', '1-x^2', '2\\\\pi+0.0000001', 'x^2-1+y']\n"
+        "pairs = [(gold, answer) for gold in golds for answer in answers]\n"
+        "for batch in _answers.steps_of(4, 10, 2, 6, True):\n"
+        "    pairs += [(gold, answer) for answer, gold, kind in batch if kind == 'expression']\n"
+        "for pair in pairs: print(judge(*pair))"
+    )
+    plain, short = (
+        subprocess.run(
+            [sys.executable, "-c", code, name],
+            capture_output=True, text=True, check=True, cwd=root(),
+        ).stdout.split()
+        for name in ("plain", "short")
+    )  # fmt: skip
+    assert short == plain
+    assert len(plain) == 10 * 12 + 2 * 6
+    assert plain.count("right") >= 7 and plain.count("wrong") >= 80
