@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from rlkit.completion import Completion
-from rlkit.verify import Verdict, verify
+from rlkit.verify import Verdict, verify_all
 
 Problem = Mapping[str, Any]
 Values = list[float | None]
@@ -39,11 +39,14 @@ def all_correct(completions: Sequence[Completion], problems: Sequence[Problem]) 
         ValueError: the counts differ, or an unknown answer type.
         GoldError: a gold answer cannot be parsed.
     """
-    return [
-        completion.reached_end
-        and verify(completion.answer, problem["answer"], problem["answer_type"]) is Verdict.RIGHT
-        for completion, problem in zip(completions, problems, strict=True)
-    ]
+    # What did not end is not right whatever it says, so it costs nothing to judge.
+    verdicts = verify_all(
+        [
+            (c.answer if c.reached_end else None, problem["answer"], problem["answer_type"])
+            for c, problem in zip(completions, problems, strict=True)
+        ]
+    )
+    return [verdict is Verdict.RIGHT for verdict in verdicts]
 
 
 def without_infra(completions: Sequence[Completion], values: Sequence[float]) -> Values:

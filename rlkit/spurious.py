@@ -17,7 +17,7 @@ from rlkit.correct import Problem, Values, all_correct, without_infra
 from rlkit.extract import boxes
 from rlkit.formats import FormatName, well_formed
 from rlkit.literals import canonical_number
-from rlkit.verify import Verdict, verify
+from rlkit.verify import Verdict, verify_all
 
 Noise = Literal["independent", "structured"]
 
@@ -153,15 +153,19 @@ def any_box(
 
     Reasoning and truncated responses count too. Pays many boxes, one of which is right.
     """
+    found = [list(dict.fromkeys(boxes(c.text))) for c in completions]
+    verdicts = iter(
+        verify_all(
+            [
+                (box, problem["answer"], problem["answer_type"])
+                for each, problem in zip(found, problems, strict=True)
+                for box in each
+            ]
+        )
+    )
     return without_infra(
         completions,
-        [
-            any(
-                verify(found, problem["answer"], problem["answer_type"]) is Verdict.RIGHT
-                for found in dict.fromkeys(boxes(c.text))
-            )
-            for c, problem in zip(completions, problems, strict=True)
-        ],
+        [any([next(verdicts) is Verdict.RIGHT for _ in each]) for each in found],  # noqa: C419
     )
 
 

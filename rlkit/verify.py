@@ -5,9 +5,8 @@ r"""Whether an answer equals the gold answer.
   Anything else is *unparsable* and never right: ``3 or 5``, ``x=3``, ``2+3``, ``12 cm``, ``1e3``,
   ``12,34``, digits of other scripts.
 - ``answer_type="expression"``: numbers, words and forms that the text decides are compared by
-  ``literals``, exactly and at once. The rest goes to math-verify in a child process with a
-  wall-clock limit. math-verify's own limit uses ``signal.alarm``, which works on the main thread
-  only.
+  ``literals``, exactly and at once. The rest goes to math-verify in child processes with a
+  wall-clock limit (``verify_pool``).
 
 ``docs/verification.md`` has the rules in full, and what they decide differently from math-verify.
 Where a response states its answer is found by ``extract``.
@@ -15,18 +14,10 @@ Where a response states its answer is found by ``extract``.
 
 from __future__ import annotations
 
-import atexit
-import json
-import os
-import selectors
-import signal
-import subprocess
-import sys
-import threading
+from collections.abc import Sequence
 from enum import StrEnum
-from functools import lru_cache
-from pathlib import Path
 
+from rlkit import verify_pool
 from rlkit.literals import (
     MAX_ANSWER_CHARS,
     canonical_number,
@@ -38,11 +29,6 @@ from rlkit.literals import (
 )
 
 ANSWER_TYPES = ("integer", "expression")
-SECONDS_PER_EXPRESSION = 3.0
-CACHE_PAIRS = 65_536
-
-_WORKER_FILE = Path(__file__).with_name("_verify_worker.py")
-_STARTUP_SECONDS = 120.0
 
 
 class Verdict(StrEnum):
@@ -65,12 +51,46 @@ def verify(answer: str | None, gold: str, answer_type: str) -> Verdict:
         answer: extracted answer, None if the response has none.
         gold: gold answer of the problem row.
         answer_type: ``integer`` (exact, at once) or ``expression`` (what the texts settle at once,
-            the rest by math-verify within ``SECONDS_PER_EXPRESSION``).
+            the rest by math-verify within ``verify_pool.SECONDS_PER_EXPRESSION``).
 
     Raises:
         GoldError: the gold answer cannot be parsed.
         ValueError: unknown answer type.
+        RuntimeError: the processes that run math-verify cannot start.
     """
+    return verify_all([(answer, gold, answer_type)])[0]
+
+
+def verify_all(items: Sequence[tuple[str | None, str, str]]) -> list[Verdict]:
+    """Decide many items at once: (answer, gold, answer type) as ``verify`` takes them.
+
+    Expressions are compared in parallel, each distinct pair once. A time-out holds for all items of
+    the call; later calls ask again unless the expression had its share of CPU time
+    (``verify_pool.FAIR_SHARE``), so that a busy moment is not remembered as a wrong answer.
+
+    Returns:
+        One verdict per item, in order.
+
+    Raises:
+        As ``verify``, for the first item that has a fault.
+    """
+    decided = [_decide(*item) for item in items]
+    found = verify_pool.compare(pair for pair in decided if not isinstance(pair, Verdict))
+    verdicts = []
+    for pair, (_, gold, answer_type) in zip(decided, items, strict=True):
+        if isinstance(pair, Verdict):
+            verdicts.append(pair)
+        elif found[pair] == "gold":
+            check_gold(gold, answer_type)
+            # Sound by itself, not as it was worded next to this answer.
+            verdicts.append(Verdict.UNPARSABLE)
+        else:
+            verdicts.append(Verdict(found[pair]))
+    return verdicts
+
+
+def _decide(answer: str | None, gold: str, answer_type: str) -> Verdict | verify_pool.Pair:
+    """The verdict where it takes no mathematics, else the pair of texts to compare."""
     if answer_type not in ANSWER_TYPES:
         raise ValueError(f"answer_type={answer_type!r}: expected one of {', '.join(ANSWER_TYPES)}")
     gold_number = canonical_number(gold)
@@ -81,18 +101,12 @@ def verify(answer: str | None, gold: str, answer_type: str) -> Verdict:
     answer_number = canonical_number(answer)
     if gold_number is not None and answer_number is not None:
         return Verdict.RIGHT if answer_number == gold_number else Verdict.WRONG
-    if answer_type == "integer":
-        return Verdict.UNPARSABLE
-    if not is_one_expression(answer):
+    if answer_type == "integer" or not is_one_expression(answer):
         return Verdict.UNPARSABLE
     settled = settle(gold, answer)
     if settled is not None:
         return Verdict.RIGHT if settled else Verdict.WRONG
-    verdict = _compare(*pair_for_parser(gold, answer))
-    if verdict == "gold":
-        check_gold(gold, answer_type)
-        return Verdict.UNPARSABLE  # sound by itself, not as it was worded next to this answer
-    return Verdict(verdict)
+    return pair_for_parser(gold, answer)
 
 
 def check_gold(gold: str, answer_type: str, problem_id: str = "") -> None:
@@ -110,107 +124,10 @@ def check_gold(gold: str, answer_type: str, problem_id: str = "") -> None:
                 f"{where}old answer {gold!r} is not an integer. Correct it, or set the row's "
                 "answer_type to 'expression'."
             )
-    elif number is not None or words_of_gold(gold) is not None:
-        return
-    elif _compare(for_parser(gold), None) != "right":
-        raise GoldError(
-            f"{where}old answer {gold!r} cannot be parsed as a mathematical expression. Write it "
-            "as LaTeX without text around it, or remove the problem."
-        )
-
-
-@lru_cache(maxsize=CACHE_PAIRS)
-def _compare(gold: str, answer: str | None) -> str:
-    return _WORKER.ask(gold, answer)
-
-
-class _Worker:
-    """One lazily started child process; replaced when an item runs over its limit."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def ask(self, gold: str, answer: str | None) -> str:
-        """Verdict of one pair, ``gold`` if the gold cannot be parsed."""
-        with self._lock:
-            for _ in range(2):
-                try:
-                    verdict = self._ask_once(gold, answer)
-                except BaseException:
-                    self.close()  # an interrupted exchange would shift every later reply by one
-                    raise
-                if verdict is not None:
-                    return verdict
-            return Verdict.UNPARSABLE  # the pair crashed two processes in a row
-
-    def _ask_once(self, gold: str, answer: str | None) -> str | None:
-        """One exchange; None if the process died for another reason than its time limit."""
-        process = self._process or self._start()
-        assert process.stdin is not None
-        try:
-            process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
-            process.stdin.flush()
-        except BrokenPipeError:
-            self.close()
-            return None
-        reply = _read_line(process, SECONDS_PER_EXPRESSION + 1.0)
-        if reply:
-            return reply
-        # After an end of file the exit code is due at once; it tells an alarm from a crash.
-        code = self.close(grace=0.0 if reply is None else 5.0)
-        return Verdict.TIMEOUT if reply is None or code == -signal.SIGALRM else None
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        # -P: the package folder must not shadow top-level modules in the child. An own session
-        # keeps Ctrl-C in a notebook away from it.
-        command = [sys.executable, "-P", str(_WORKER_FILE), str(SECONDS_PER_EXPRESSION)]
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True
-        )
-        self._process = process
-        if _read_line(process, _STARTUP_SECONDS) != "ready":
-            process.kill()
-            _, error = process.communicate()
-            self._process = None
-            lines = error.decode(errors="replace").strip().splitlines() or ["no message"]
-            raise RuntimeError(
-                f"The process that compares expressions did not start: {lines[-1]}. It needs the "
-                "package math-verify (pip install math-verify[antlr4_13_2])."
+    elif number is None and words_of_gold(gold) is None:
+        pair = (for_parser(gold), for_parser(gold))
+        if verify_pool.compare([pair])[pair] != Verdict.RIGHT:
+            raise GoldError(
+                f"{where}old answer {gold!r} cannot be parsed as a mathematical expression. Write "
+                "it as LaTeX without text around it, or remove the problem."
             )
-        return process
-
-    def close(self, grace: float = 0.0) -> int | None:
-        """End the child process, if any, after at most ``grace`` seconds; returns its exit code."""
-        process, self._process = self._process, None
-        if process is None:
-            return None
-        try:
-            code = process.wait(timeout=grace)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code = process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
-        return code
-
-    def forget(self) -> None:
-        """Drop the parent's process after a fork; two readers on one pipe would mix replies."""
-        self._lock = threading.Lock()
-        self._process = None
-
-
-def _read_line(process: subprocess.Popen[bytes], seconds: float) -> str | None:
-    """A reply, ``""`` if the process ended, None if ``seconds`` passed without one."""
-    assert process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        ready = selector.select(seconds)
-    return process.stdout.readline().decode().strip() if ready else None
-
-
-_WORKER = _Worker()
-atexit.register(_WORKER.close)
-os.register_at_fork(after_in_child=_WORKER.forget)

@@ -13,14 +13,16 @@ import torch
 from tiny import tiny_config
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
-from rlkit import advantages, models, paths, rewards, tasks, templates
+from rlkit import advantages, models, paths, rewards, tasks, templates, verify_pool
 
 sys.path.insert(0, str(paths.root() / "benchmarks"))
 
+import _answers
 import _cases
 import _script
 import floor
 import step
+import verify
 from _clock import PHASES, Clock, Step
 from _gradients import gradient_gap
 from _stock import SIDES, Setup, Stock, run
@@ -329,3 +331,52 @@ def test_random_weights_run_with_skewed_lengths(
         assert len(set(ours.completions)) > 1 and max(ours.completions) <= 12
         assert ours.prompts == stock.prompts and min(ours.prompts) >= 40
         assert 0 < sum(ours.rewards) < len(ours.rewards)
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+def test_a_mix_has_the_proportions_it_promises(distinct: bool) -> None:
+    mix = _answers.steps_of(3, 10, 8, 16, distinct)
+    assert mix == _answers.steps_of(3, 10, 8, 16, distinct)
+    assert [len(batch) for batch in mix] == [128] * 10
+    items = [item for batch in mix for item in batch]
+    assert sum(kind == "expression" for _, _, kind in items) == 128
+    for at in range(0, len(items), 16):
+        group = items[at : at + 16]
+        assert len({item[1:] for item in group}) == 1
+        assert not distinct or len({answer for answer, _, _ in group}) == 16
+    golds = {gold for _, gold, kind in items if kind == "expression"}
+    assert len(golds) == 8
+    assert len({answer for answer, _, _ in _answers.bombs(0, 8)}) == 8
+
+
+def test_judging_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = verify_pool.Pool(workers=2, seconds=0.5)
+    monkeypatch.setattr(verify_pool, "_pool", pool)
+    monkeypatch.setattr(verify_pool, "_cache", type(verify_pool._cache)())
+    options = ["--steps", "5", "--problems", "2", "--rollouts", "6", "--repeats", "1"]
+    found = verify.main([*options, "--bombs", "2", "--markdown"])
+    assert len(found["mixes"]) == 2
+    for (result,) in found["mixes"].values():
+        assert result.items == 60 and result.ours > 0 and result.plain > 0
+        for difference in result.differences:
+            assert (difference.verdict == "right") != difference.plain
+            assert difference.reason
+    ((count, clean, took, bound, timeouts, left),) = found["bombs"]
+    assert (count, timeouts, left) == (2, 2, 0)
+    assert clean > 0 and took >= 0.5 and bound > clean
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 4 + 3
+
+
+def test_a_difference_names_the_rule_behind_it() -> None:
+    wrong, unparsable = verify.Verdict.WRONG, verify.Verdict.UNPARSABLE
+    expected = [
+        (("12", "1200", "expression"), wrong, "exactly"),
+        (("x=12", "12", "integer"), unparsable, "a number and nothing else"),
+        (("1 2", "x", "expression"), unparsable, "one expression as a whole"),
+        (("x 5", "5", "expression"), wrong, "no number is picked"),
+    ]
+    for item, verdict, words in expected:
+        assert words in verify.Difference(item, verdict, True).reason
