@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rlkit import models, rewards, runs, templates
+from rlkit import filters, models, rewards, runs, templates
 from rlkit.config import EvalConfig, RewardConfig, RunConfig
 from rlkit.engine import Sampling, load_engine, stable_key
 from rlkit.paths import runs_dir
@@ -81,18 +82,24 @@ def train(plan: Mapping[Arm, Sequence[RunConfig]]) -> dict[Arm, list[Path]]:
     }
 
 
-def obtain(config: RunConfig) -> Path:
+def obtain(
+    config: RunConfig,
+    *,
+    reward_fns: rewards.RewardFns | None = None,
+    group_filter: filters.GroupFilter | None = None,
+) -> Path:
     """The finished RL run of ``config``: the one that exists, continued if need be, else a new one.
 
-    A run of the same name from other settings or other weights is moved aside
+    A run of the same name from other settings, rewards or weights is moved aside
     (``<name>.old-<n>``), so that a notebook can be run again with a changed parameter.
     """
+    train = partial(train_rl, config, reward_fns=reward_fns, group_filter=group_filter)
     try:
-        return train_rl(config)
+        return train()
     except RunError:
         if runs.is_locked(runs_dir() / config.name):
             raise  # another process is writing it
-        return train_rl(config, fresh=True)
+        return train(fresh=True)
 
 
 def obtain_tuned(config: RunConfig, rl: RunConfig) -> Path:

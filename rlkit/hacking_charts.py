@@ -1,8 +1,8 @@
-"""The figure of a reward that is gamed: reward against truth, and what else changes with it."""
+"""Figures of rewards that are gamed or wrong: reward against truth, dose against response."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 from rlkit import runs
 from rlkit.diagnostics import Run, parting, series
 from rlkit.parting import Parting
+from rlkit.stats import Estimate
 from rlkit.theme import (
     INK,
     LABELS,
@@ -171,3 +172,67 @@ def _draw(fig: go.Figure, band: pd.DataFrame, name: str, color: str, row: int, c
         row=row,
         col=col,
     )
+
+
+def dose_curves(
+    curves: Mapping[str, Mapping[float, Estimate]],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    subtitle: str = "",
+    reference: tuple[str, Estimate] | None = None,
+) -> go.Figure:
+    """Response to a dose: one line per condition, an interval at each dose.
+
+    Doses are spaced evenly, since they usually grow by factors; equal doses of several conditions
+    stand side by side.
+
+    Args:
+        curves: condition to dose to estimate.
+        x, y: axis titles. reference: name and estimate of a level to compare with, dashed.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    doses = sorted({dose for curve in curves.values() for dose in curve})
+    if not doses:
+        raise ValueError("no doses to draw: every condition needs at least one estimate")
+    colors = colors_of(list(curves))
+    fig = go.Figure()
+    for i, (name, curve) in enumerate(curves.items()):
+        shift = 0.08 * (i - (len(curves) - 1) / 2)
+        found = [curve[dose] for dose in sorted(curve)]
+        fig.add_trace(
+            go.Scatter(
+                x=numbers([doses.index(dose) + shift for dose in sorted(curve)]),
+                y=numbers([e.value for e in found]),
+                name=name,
+                mode="lines+markers",
+                line={"color": colors[name], "width": 2.4},
+                marker={"size": 8},
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": numbers([e.high - e.value for e in found]),
+                    "arrayminus": numbers([e.value - e.low for e in found]),
+                    "thickness": 1.4,
+                    "width": 4,
+                },
+                hovertemplate="%{y:.3g}",
+            )
+        )
+    if reference is not None:
+        fig.add_hline(
+            reference[1].value,
+            line={"color": INK, "dash": "dash", "width": 1.2},
+            annotation_text=reference[0],
+        )
+    fig.update_xaxes(
+        title_text=x,
+        tickvals=list(range(len(doses))),
+        ticktext=[f"{dose:g}" for dose in doses],
+        range=[-0.4, len(doses) - 0.6],
+    )
+    fig.update_yaxes(title_text=y, rangemode="tozero")
+    return styled(fig, title, subtitle, height=430)
