@@ -50,7 +50,7 @@ def bombs(seed: int, count: int) -> list[Item]:
         lambda n: rf"{n}^{{{n}^{{10}}}}",
         lambda n: f"{n}9999999!",
         lambda n: rf"9^{{9^{{9^{{{n}}}}}}}",
-        lambda n: "(" * 480 + str(n) + ")" * 480,
+        lambda n: rf"\frac{{1}}{{{n}^{{{n}^{{11}}}}}}",
     ]
     numbers = draw.sample(range(11, 99), count)
     return [(forms[at % len(forms)](n), "x^7+1", "expression") for at, n in enumerate(numbers)]

@@ -177,6 +177,9 @@ def settle(gold: str, answer: str) -> bool | None:
     words = _words(unwrap(answer))
     if gold_words is not None and (words is not None or len(gold_words) > 1):
         return words == gold_words
+    gold_value, value = exact_value(gold), exact_value(answer)
+    if gold_value is not None and value is not None:
+        return value == gold_value
     gold, answer = unwrap(gold), unwrap(answer)
     if words is not None and " " not in words and re.fullmatch(r"[A-Za-z]{3,}", gold):
         return words == gold.casefold()

@@ -26,7 +26,7 @@ from rlkit.tasks import load_problems
 from rlkit.templates import encode
 from rlkit.tokenizer import build_tokenizer
 
-SHIPPED = ("tiny-base", "tiny-sft", "tiny-tool")
+SHIPPED = ("tiny-base", "tiny-sft", "tiny-padded", "tiny-tool")
 NEAR_TIE = 1e-4
 """Top two logits closer than this may be ordered differently by another summation order."""
 

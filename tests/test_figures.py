@@ -17,6 +17,7 @@ from IPython.utils.capture import RichOutput, capture_output
 
 from rlkit import display, figures, metrics, paper, price, theme
 from rlkit.config import RewardConfig, RunConfig
+from rlkit.hacking_charts import dose_curves
 from rlkit.stats import Estimate
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -303,3 +304,23 @@ def test_png_is_drawn_and_drawn_again(tmp_path: Path) -> None:
     (tmp_path / "real.png").unlink()
     assert figures.regenerate(tmp_path) == ["real"]
     assert (tmp_path / "real.png").read_bytes() == first
+
+
+def test_dose_curves_place_doses_evenly_and_draw_each_interval() -> None:
+    low, high = Estimate(0.5, 0.4, 0.7, 9), Estimate(0.2, 0.1, 0.3, 9)
+    fig = dose_curves(
+        {"a": {0.2: high, 0.0: low}, "b": {0.05: low, 0.0: low}},
+        title="t",
+        x="rate",
+        y="accuracy",
+        reference=("start", low),
+    )
+    assert list(fig.layout.xaxis.ticktext) == ["0", "0.05", "0.2"]
+    a, b = fig.data
+    assert (a.name, list(a.y)) == ("a", [0.5, 0.2])  # in the order of the doses
+    assert np.allclose(a.x, [-0.04, 1.96]) and np.allclose(b.x, [0.04, 1.04])  # side by side
+    assert np.allclose(a.error_y.array, [0.2, 0.1])
+    assert np.allclose(a.error_y.arrayminus, [0.1, 0.1])
+    assert "start" in [note.text for note in fig.layout.annotations]
+    with pytest.raises(ValueError, match="no doses to draw"):
+        dose_curves({"a": {}}, title="t", x="rate", y="accuracy")

@@ -16,7 +16,7 @@ from rlkit.paths import data_dir
 from rlkit.pretrain import IGNORE, Recipe, Stage, batches, chunk_pairs, encode_document, rate_at
 from rlkit.tokenizer import build_tokenizer
 
-SHIPPED = ("tiny-base", "tiny-sft", "tiny-tool")
+SHIPPED = ("tiny-base", "tiny-sft", "tiny-padded", "tiny-tool")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_missing_start_model_is_named(tmp_path) -> None:
 def test_unknown_model_names_are_refused(capsys) -> None:
     with pytest.raises(SystemExit):
         pretrain.main(["tiny-bass"])
-    assert "tiny-base, tiny-sft, tiny-tool" in capsys.readouterr().err
+    assert "tiny-base, tiny-sft, tiny-padded, tiny-tool" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SHIPPED)

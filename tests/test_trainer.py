@@ -18,6 +18,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlkit import (
     advantages,
+    arms,
     filters,
     models,
     rewards,
@@ -518,3 +519,13 @@ def test_what_identifies_a_reward() -> None:
     ]
     texts = [json.dumps(part) for part in different]
     assert len(set(texts)) == len(texts)
+
+
+def test_obtaining_a_run_with_other_rewards_moves_the_old_one_aside(model: Path) -> None:
+    config = tiny_config(model, steps=1, name="unit-obtain")
+    first = arms.obtain(config, reward_fns=[("even", even_tokens, 1.0)])
+    assert arms.obtain(config, reward_fns=[("even", even_tokens, 1.0)]) == first
+    assert "reward_even" in runs.read_rollouts(first)
+    again = arms.obtain(config, reward_fns=[("coin", coin, 1.0)])
+    assert again == first and "reward_coin" in runs.read_rollouts(again)
+    assert "reward_even" in runs.read_rollouts(first.with_name("unit-obtain.old-1"))
