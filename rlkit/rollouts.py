@@ -15,6 +15,7 @@ from rlkit.batching import refill_indices, window_indices
 from rlkit.completion import Completion
 from rlkit.config import RunConfig
 from rlkit.correct import all_correct
+from rlkit.extract import other_answers
 
 Row = Mapping[str, Any]
 Floats = npt.NDArray[np.float64]
@@ -138,7 +139,8 @@ def step_metrics(window: Window) -> dict[str, Any]:
     All drawn groups count, used or not. Accuracy is answer equivalence with the end reached, never
     the gated reward. Lengths are in tokens, over all, right and wrong completions. Entropy (nats
     per token) is minus the mean log-probability of the tokens that the policy drew: an unbiased
-    estimate of the sampling policy's entropy, whichever rows are trained on.
+    estimate of the sampling policy's entropy, whichever rows are trained on. ``several_answers``:
+    the final part states more answers than the one that counts.
     """
     flat = [c for group in window.completions for c in group]
     correct = window.correct.reshape(-1)
@@ -165,6 +167,7 @@ def step_metrics(window: Window) -> dict[str, Any]:
         "length_mean": _mean(lengths),
         "length_right": _mean(lengths[correct]),
         "length_wrong": _mean(lengths[~correct]),
+        "several_answers_ratio": sum(bool(other_answers(c.final)) for c in flat) / len(flat),
         "reasoning_rate": sum(bool(c.reasoning) for c in flat) / len(flat),
         "entropy": -float(np.mean(logprobs)) if logprobs else None,
         "groups_all_right": int(groups_right.sum()),
@@ -194,6 +197,7 @@ def rollout_columns(window: Window) -> dict[str, list[Any]]:
         "text": [c.text for c in flat],
         "reasoning": [bool(c.reasoning) for c in flat],
         "answer": [c.answer or "" for c in flat],
+        "other_answers": [other_answers(c.final) for c in flat],
         "gold": [str(row["answer"]) for row in rows],
         "correct": window.correct.reshape(-1).tolist(),
         "stop": [c.stop for c in flat],

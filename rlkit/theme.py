@@ -25,6 +25,7 @@ LABELS = {
     "length_right": "length of right answers (tokens)",
     "length_wrong": "length of wrong answers (tokens)",
     "completion_ratio": "completion ratio",
+    "several_answers_ratio": "share with several answers",
     "reasoning_rate": "share with reasoning",
     "entropy": "entropy (nats per token)",
     "kl": "KL to reference (nats per token)",
@@ -48,6 +49,7 @@ LABELS = {
 _FRACTIONS = {
     "accuracy",
     "completion_ratio",
+    "several_answers_ratio",
     "reasoning_rate",
     "groups_mixed",
     "groups_all_right",

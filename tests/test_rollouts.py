@@ -295,6 +295,7 @@ def test_figures_of_a_step_on_a_hand_made_window() -> None:
     assert row["length_right"] == pytest.approx((2 + 3 + 3) / 3)
     assert row["length_wrong"] == 1
     assert row["reasoning_rate"] == 0.5
+    assert row["several_answers_ratio"] == 0
     assert (row["groups_all_right"], row["groups_all_wrong"], row["groups_mixed"]) == (1, 0, 1)
     assert (row["groups_no_signal"], row["groups_extra"]) == (1, 1)
     assert (row["seconds_generate"], row["seconds_reward"]) == (0.5, 0.25)
@@ -368,3 +369,12 @@ def test_a_filter_sees_each_group_with_its_problem() -> None:
     assert seen == ids(window, range(4))
     assert not window.advantages.any()
     assert step_metrics(window)["groups_no_signal"] == 4
+
+
+def test_answers_that_do_not_count_are_reported() -> None:
+    texts = [r"\boxed{1} or \boxed{2}", r"<think>\boxed{3}</think>\boxed{2}", "2", ""]
+    group = [made(None, [1], text) for text in texts]
+    window = hand_made([group], [[False] * 4])
+    assert rollout_columns(window)["answer"] == ["2", "2", "", ""]
+    assert rollout_columns(window)["other_answers"] == [["1"], [], [], []]
+    assert step_metrics(window)["several_answers_ratio"] == 0.25
