@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from rlkit.seeds import Conclusion
@@ -27,3 +28,21 @@ def agreement(conclusion: Conclusion, direction: Direction) -> Agreement:
         return "AGREES" if direction == "not down" else "EQUIVALENT"
     went = "up" if conclusion == "BETTER" else "down"
     return "AGREES" if went == direction or (direction, went) == ("not down", "up") else "DISAGREES"
+
+
+def combined(outcomes: Sequence[Agreement]) -> Agreement:
+    """One outcome for a claim of several parts.
+
+    DISAGREES if any part does; AGREES if all do; EQUIVALENT if none is INCONCLUSIVE otherwise, so
+    that some part was not seen here and none was contradicted; else INCONCLUSIVE.
+
+    Raises:
+        ValueError: no parts.
+    """
+    if not outcomes:
+        raise ValueError("outcomes=[]: expected at least one part of the claim")
+    if "DISAGREES" in outcomes:
+        return "DISAGREES"
+    if "INCONCLUSIVE" in outcomes:
+        return "INCONCLUSIVE"
+    return "AGREES" if set(outcomes) == {"AGREES"} else "EQUIVALENT"
