@@ -60,7 +60,7 @@ def micro_batches(
 
     Args:
         batch: tensors with a leading row dimension (0-dimensional ones are shared). ``kept``
-            [rows], if there, is False for rows that a group filter took out of the loss.
+            [rows], if there, is False for rows without a reward or taken out by a group filter.
         updates: optimizer updates per generation batch.
         size: rows per part at most.
         drop_no_signal: leave out rows that add nothing to the gradient: advantage 0 or no token in

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import pandas as pd
 
 from rlkit.completion import Completion
+from rlkit.correct import all_correct
 from rlkit.engine import Sampling, stable_key
 from rlkit.metrics import (
     KEYWORDS,
@@ -27,7 +28,6 @@ from rlkit.metrics import (
     save,
     summarise,
 )
-from rlkit.rewards import is_correct
 
 __all__ = [
     "KEYWORDS",
@@ -121,8 +121,13 @@ def evaluate(
     passes += [("sampled", sampling, n)] if n else []
     for decoding, how, count in passes:
         drawn = engine.generate(prompts, how, n=count, keys=keys, prefill=prefill)
-        for problem, completions in zip(problems, drawn, strict=True):
-            rows += [_row(problem, decoding, j, c) for j, c in enumerate(completions)]
+        flat = [c for completions in drawn for c in completions]
+        asked = [problem for problem, each in zip(problems, drawn, strict=True) for _ in each]
+        right = all_correct(flat, asked)  # at once: expressions are judged in parallel
+        rows += [
+            _row(problem, decoding, number % count, completion, ok)
+            for number, (problem, completion, ok) in enumerate(zip(asked, flat, right, strict=True))
+        ]
     frame = pd.DataFrame(rows)
     info = {
         "problems": len(ids),
@@ -138,7 +143,9 @@ def evaluate(
     return EvalResult(frame, summarise(frame, ks=ks), info)
 
 
-def _row(problem: Problem, decoding: str, sample: int, completion: Completion) -> dict[str, Any]:
+def _row(
+    problem: Problem, decoding: str, sample: int, completion: Completion, right: bool
+) -> dict[str, Any]:
     return {
         "problem_id": str(problem["problem_id"]),
         "decoding": decoding,
@@ -146,7 +153,7 @@ def _row(problem: Problem, decoding: str, sample: int, completion: Completion) -
         "text": completion.text,
         "answer": completion.answer,
         "gold": str(problem["answer"]),
-        "correct": bool(is_correct(completion, problem)),
+        "correct": right,
         "stop": completion.stop,
         "n_tokens": len(completion.token_ids),
         "reasoning": bool(completion.reasoning),

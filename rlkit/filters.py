@@ -34,9 +34,9 @@ def question_selection(rewards: Floats, completions: Groups, problems: Sequence[
     such means and is dropped; it carries no accuracy signal anyway.
     """
     keep = np.zeros(rewards.shape, dtype=bool)
-    for group, (right, lengths) in enumerate(_facts(completions, problems)):
-        if right.any() and not right.all():
-            keep[group] = lengths[right].mean() > lengths[~right].mean()
+    for group, (right, wrong, lengths) in enumerate(_facts(completions, problems)):
+        if right.any() and wrong.any():
+            keep[group] = lengths[right].mean() > lengths[wrong].mean()
     return keep
 
 
@@ -47,10 +47,10 @@ def response_selection(rewards: Floats, completions: Groups, problems: Sequence[
     the first sample counts.
     """
     keep = np.zeros(rewards.shape, dtype=bool)
-    for group, (right, lengths) in enumerate(_facts(completions, problems)):
-        if right.any() and not right.all():
+    for group, (right, wrong, lengths) in enumerate(_facts(completions, problems)):
+        if right.any() and wrong.any():
             longest = int(np.where(right, lengths, -np.inf).argmax())
-            shortest = int(np.where(right, np.inf, lengths).argmin())
+            shortest = int(np.where(wrong, lengths, np.inf).argmin())
             if lengths[longest] > lengths[shortest]:
                 keep[group, [longest, shortest]] = True
     return keep
@@ -96,11 +96,12 @@ def apply(
     return keep
 
 
-def _facts(completions: Groups, problems: Sequence[Problem]) -> list[tuple[Bools, Floats]]:
-    """(right [G], length [G]) of every group."""
+def _facts(completions: Groups, problems: Sequence[Problem]) -> list[tuple[Bools, Bools, Floats]]:
+    """(right [G], wrong [G], length [G]) of every group; what ``infra`` ended is neither."""
     flat = [c for group in completions for c in group]
     asked = [row for row, group in zip(problems, completions, strict=True) for _ in group]
     right = np.array(all_correct(flat, asked), dtype=bool)
+    wrong = ~right & np.array([c.stop != "infra" for c in flat], dtype=bool)
     lengths = np.array([sum(c.loss_mask) for c in flat], dtype=np.float64)
     ends = np.cumsum([len(group) for group in completions])[:-1]
-    return list(zip(np.split(right, ends), np.split(lengths, ends), strict=True))
+    return list(zip(*(np.split(values, ends) for values in (right, wrong, lengths)), strict=True))

@@ -190,7 +190,7 @@ class RolloutTrainer(GRPOTrainer):
             dtype=torch.float32,
             device=self.accelerator.device,
         )
-        kept = torch.tensor(window.kept[list(window.used)].reshape(-1))
+        kept = torch.tensor(window.counted[list(window.used)].reshape(-1))
         batch["kept"] = kept.to(self.accelerator.device)
         if "old_per_token_logps" in batch:
             self._compare(batch["old_per_token_logps"], batch)
@@ -213,7 +213,7 @@ class RolloutTrainer(GRPOTrainer):
         ids = templates.encode(rows, self._tokenizer, config.task.template)
         prompt_ids = [p for p in ids for _ in range(config.train.rollouts)]
         completion_ids = [list(c.token_ids) for c in completions]
-        kept = window.kept[list(window.used)].reshape(-1)
+        kept = window.counted[list(window.used)].reshape(-1)
         masks = [
             loss_mask(c, config.train.mask_truncated) if keep else [0] * len(c.token_ids)
             for c, keep in zip(completions, kept, strict=True)

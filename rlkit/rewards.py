@@ -11,9 +11,8 @@ answer in good form wins every group in which all are wrong (open-instruct's GRP
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -100,11 +99,13 @@ def build(config: RewardConfig) -> list[tuple[str, RewardFn, float]]:
     parts: list[tuple[str, RewardFn, float]] = [(config.reward, rewards[config.reward], 1.0)]
     overlong = partial(shaping.soft_overlong, cache=config.overlong_cache)
     repetition = partial(shaping.repetition_penalty, ngram=config.repetition_ngram)
+    # Where accuracy pays: right alone would pay a malformed answer for a call.
+    gate = partial(accuracy, format=form)
     failing = partial(tool_rewards.failing_code, penalty=-1.0)
     parts += [
         ("overlong", overlong, config.overlong_weight),
         ("repetition", repetition, config.repetition_weight),
-        ("tool_use", shaping.on_right(tool_rewards.tool_use), config.tool_use_weight),
+        ("tool_use", shaping.Gated(tool_rewards.tool_use, gate), config.tool_use_weight),
         ("failing_code", failing, config.failing_code_weight),
     ]
     return [part for part in parts if part[2]]
@@ -113,33 +114,6 @@ def build(config: RewardConfig) -> list[tuple[str, RewardFn, float]]:
 def build_filter(config: RewardConfig) -> filters.GroupFilter | None:
     """The group filter of a run, None if every completion is trained on."""
     return filters.FILTERS.get(config.group_filter)
-
-
-def identity(reward_fns: RewardFns, group_filter: filters.GroupFilter | None) -> list[Any]:
-    """What tells these rewards and this filter from others: names, weights, settings, source.
-
-    Functions count by their source text, callable objects by that of their class and their
-    attributes. What a function calls in turn is not followed.
-    """
-    parts: list[Any] = [[name, _described(fn), weight] for name, fn, weight in reward_fns]
-    return [parts, _described(group_filter)]
-
-
-def _described(value: Any) -> Any:
-    if isinstance(value, partial):
-        bound = [_described(a) for a in value.args]
-        return [_described(value.func), bound, _described(value.keywords)]
-    if isinstance(value, Mapping):
-        return [[repr(key), _described(value[key])] for key in sorted(value, key=repr)]
-    if not callable(value):
-        return repr(value)
-    if not inspect.isroutine(value) and not inspect.isclass(value):
-        return [_described(type(value)), _described(vars(value))]
-    try:
-        text = inspect.getsource(value)
-    except (OSError, TypeError):  # no source file: typed into a plain prompt, or built in
-        text = ""
-    return [value.__module__, value.__qualname__, text]
 
 
 def facts(config: RunConfig, step: int) -> dict[str, Any]:

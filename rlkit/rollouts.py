@@ -51,6 +51,11 @@ class Window:
     seconds_generate: float
     seconds_reward: float
 
+    @property
+    def counted(self) -> npt.NDArray[np.bool_]:
+        """[A, G] True for what is kept and has a reward: the rows of baseline and loss."""
+        return self.kept & ~np.isnan(self.rewards)
+
 
 def roll_out(
     config: RunConfig,
@@ -139,8 +144,8 @@ def step_metrics(window: Window) -> dict[str, Any]:
     All drawn groups count, used or not. Accuracy is answer equivalence with the end reached, never
     the gated reward. Lengths are in tokens, over all, right and wrong completions. Entropy (nats
     per token) is minus the mean log-probability of the tokens that the policy drew: an unbiased
-    estimate of the sampling policy's entropy, whichever rows are trained on. ``several_answers``:
-    the final part states more answers than the one that counts.
+    estimate of the sampling policy's entropy, whichever rows are trained on.
+    ``several_answers_ratio``: share whose final part states more answers than the one that counts.
     """
     flat = [c for group in window.completions for c in group]
     correct = window.correct.reshape(-1)

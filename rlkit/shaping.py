@@ -23,7 +23,7 @@ from typing import Any
 
 from rlkit.checks import require
 from rlkit.completion import Completion
-from rlkit.correct import Problem, RewardFn, Values, is_correct
+from rlkit.correct import Problem, RewardFn, Values, all_correct
 
 __all__ = [
     "Gate",
@@ -35,8 +35,9 @@ __all__ = [
     "soft_overlong",
 ]
 
-Gate = Callable[[Completion, Problem], bool]
-"""Whether a reward counts for this completion of this problem."""
+Gate = Callable[[Sequence[Completion], Sequence[Problem]], Sequence[bool] | Values]
+"""Where a reward counts: one truth value per completion, judged together. Another reward serves
+too, open where it pays (``accuracy`` with a format rule)."""
 
 RIGHT, WRONG, UNBOXED = 1.0, -1.0, -2.0
 """The values of ``graded``."""
@@ -77,11 +78,13 @@ def graded(
         None
         if completion.stop == "infra"
         else RIGHT
-        if is_correct(completion, problem)
+        if ok
         else WRONG
         if "boxed" in completion.text
         else UNBOXED + float(released_sum and not _asks_for_box(problem))
-        for completion, problem in zip(completions, problems, strict=True)
+        for completion, problem, ok in zip(
+            completions, problems, all_correct(completions, problems), strict=True
+        )
     ]
 
 
@@ -195,17 +198,16 @@ def cosine_length(
     ):
         _require_penalty(name, number)
 
-    def value(completion: Completion, problem: Problem) -> float:
+    def value(completion: Completion, right: bool) -> float:
         length = len(completion.token_ids)
         if length >= max_length or completion.stop == "length":
             return float(exceed)
-        right = is_correct(completion, problem)
         short, long = (right_short, right_long) if right else (wrong_short, wrong_long)
         return long + (short - long) * (1.0 + math.cos(math.pi * length / max_length)) / 2
 
     return [
-        None if completion.stop == "infra" else value(completion, problem)
-        for completion, problem in zip(completions, problems, strict=True)
+        None if completion.stop == "infra" else value(completion, ok)
+        for completion, ok in zip(completions, all_correct(completions, problems), strict=True)
     ]
 
 
@@ -252,12 +254,11 @@ def repetition_penalty(
 class Gated:
     """A reward that counts only where ``gate`` is open; itself one, picklable if its parts are.
 
-    Rows without a value stay without one (None), and the gate is not asked about them. The inner
-    reward is called on all rows, since its value may depend on a row's place.
+    Rows without a value stay without one (None). Reward and gate are called on all rows at once.
 
     Attributes:
         reward: what an open row earns.
-        gate: predicate of (completion, problem), for example ``is_correct``.
+        gate: where it counts, for example ``correct.all_correct``.
         otherwise: value of a closed row; finite.
     """
 
@@ -274,20 +275,20 @@ class Gated:
         """One value per completion; ``info`` goes on to the inner reward."""
         values = self.reward(completions, problems, **info)
         return [
-            value if value is None or self.gate(completion, problem) else float(self.otherwise)
-            for value, completion, problem in zip(values, completions, problems, strict=True)
+            value if value is None or opened else float(self.otherwise)
+            for value, opened in zip(values, self.gate(completions, problems), strict=True)
         ]
 
 
 def on_right(reward: RewardFn) -> Gated:
-    """``reward`` on right answers (``is_correct``), 0 on all others.
+    """``reward`` on right answers (``all_correct``), 0 on all others.
 
     So a shaping term ranks right answers among themselves and a wrong answer cannot win a group in
     which all are wrong, as it does when a bonus for form or length is added (open-instruct's GRPO
     documentation). Keep the term's range below the gap between right and wrong, or a right answer
     can fall to the level of a wrong one.
     """
-    return Gated(reward, is_correct)
+    return Gated(reward, all_correct)
 
 
 def _is_number(value: object) -> bool:

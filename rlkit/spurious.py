@@ -30,11 +30,13 @@ def format_reward(
     format: FormatName = "boxed",
     **info: Any,
 ) -> Values:
-    """``R = 1[well formed]``, right or wrong: exploitable on purpose, to study form learning.
+    """``R = 1[well formed] * 1[end reached]``, right or wrong: exploitable on purpose.
 
     DeepSeek-R1 (arXiv 2501.12948, section 2.2.2) adds such a term; alone it pays any boxed answer.
     """
-    return without_infra(completions, [well_formed(c, format) for c in completions])
+    return without_infra(
+        completions, [c.reached_end and well_formed(c, format) for c in completions]
+    )
 
 
 def random_reward(
@@ -149,7 +151,7 @@ def noisy_accuracy(
 def any_box(
     completions: Sequence[Completion], problems: Sequence[Problem], /, **info: Any
 ) -> Values:
-    r"""``R = 1[some \\boxed{} of the response holds the gold answer]``: a naive, common check.
+    r"""``R = 1[some \boxed{} of the response holds the gold answer]``: a naive, common check.
 
     Reasoning and truncated responses count too. Pays many boxes, one of which is right.
     """

@@ -156,6 +156,14 @@ class RewardConfig:
                 "a weight in [0, 1)",
                 "From 1 on, a right answer could earn no more than a wrong one.",
             )
+        punished = self.overlong_weight + self.repetition_weight + self.failing_code_weight
+        require(
+            punished < 1,
+            "overlong_weight + repetition_weight + failing_code_weight",
+            punished,
+            "a sum below 1",
+            "Else a right answer with every penalty could earn no more than a wrong one with none.",
+        )
         for name in ("overlong_cache", "repetition_ngram"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         for name in ("false_positive", "false_negative"):

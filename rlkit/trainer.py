@@ -14,6 +14,7 @@ from rlkit.arguments import sampling
 from rlkit.checks import ConfigError
 from rlkit.config import RunConfig
 from rlkit.grpo import RolloutTrainer
+from rlkit.identity import described
 from rlkit.recorder import Recorder
 from rlkit.rollouts import Window, rollout_columns, step_metrics
 from rlkit.session import Session, data_hash
@@ -65,7 +66,7 @@ def train_rl(
     # The rows themselves: a file or hub data set of the same name can hold others another day.
     given: list[Any] = [models.fingerprint(config.model), rows, checked]
     if reward_fns is not None or group_filter is not None:
-        given.append(rewards.identity(reward_fns or (), group_filter))
+        given.append(described([reward_fns, group_filter], "reward_fns"))
     paid = list(reward_fns) if reward_fns is not None else rewards.build(config.reward)
     chooser = group_filter or rewards.build_filter(config.reward)
     recorder = open_run(

@@ -52,6 +52,10 @@ def test_leaf_names_are_unique() -> None:
         ),
         ({"overlong_weight": 1.0}, ["overlong_weight=1.0", "[0, 1)"]),
         ({"repetition_weight": -0.1}, ["repetition_weight=-0.1", "[0, 1)"]),
+        (
+            {"overlong_weight": 0.5, "repetition_weight": 0.3, "failing_code_weight": 0.2},
+            ["failing_code_weight=1.0", "a sum below 1"],
+        ),
         ({"repetition_ngram": 0}, ["repetition_ngram=0", ">= 1"]),
         (
             {"overlong_weight": 0.5, "overlong_cache": 200},

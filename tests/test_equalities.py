@@ -85,7 +85,7 @@ class _Gradients(TrainerCallback):
 def run(
     model: Path,
     folder: Path,
-    values: Sequence[float],
+    values: Sequence[float | None],
     *,
     made_by: type[RolloutTrainer] = RolloutTrainer,
     change: Callable[[RolloutTrainer], None] | None = None,
@@ -110,7 +110,7 @@ def run(
     def given(
         completions: Sequence[Completion], problems: Sequence[Mapping[str, Any]], /, **info: Any
     ) -> list[float | None]:
-        return [float(v) for v in values]
+        return [None if v is None else float(v) for v in values]
 
     reward_fns: list[tuple[str, rewards.RewardFn, float]] = [("given", given, 1.0)]
     made = made_by(settings, policy, tokenizer, problems, reward_fns, on_step, folder)
@@ -480,6 +480,17 @@ def keep_two(made: RolloutTrainer) -> None:
     made._group_filter = lambda rewards, completions, problems: np.broadcast_to(
         np.arange(rewards.shape[1]) < 2, rewards.shape
     ).copy()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_row_without_a_reward_might_as_well_not_have_been_drawn(
+    model: Path, tmp_path: Path, loss: str
+) -> None:
+    params: dict[str, Any] = {"loss_type": loss, "beta": 0.1}
+    values = [value if i % 4 < 2 else None for i, value in enumerate(HALVES[0])]
+    ours = run(model, tmp_path, values, micro_batch_size=16, **params)
+    two = {"batch_size": 8, "rollouts": 2, "micro_batch_size": 8}
+    assert_same(ours, run(model, tmp_path, HALVES[1], **two, **params))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

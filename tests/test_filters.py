@@ -105,3 +105,13 @@ def test_a_filter_that_breaks_its_contract_is_told(returned, words):
 
 def test_every_configured_filter_exists():
     assert set(filters.FILTERS) == {"qs", "rs", "orm"}
+
+
+def test_what_the_machinery_ended_is_neither_right_nor_wrong():
+    rows = group((R, 9), (W, 5), (W, 1, "infra"), (W, 6))
+    assert keep(question_selection, rows) == [[True] * 4]  # 9 > 5.5; with the 1 it would be 4
+    assert keep(response_selection, rows) == [[True, True, False, False]]
+    only = group((R, 9), (W, 1, "infra"), (R, 9), (R, 9))
+    assert keep(question_selection, only) == keep(response_selection, only) == [[False] * 4]
+    longer = group((R, 9), (W, 12), (W, 1, "infra"), (W, 12))
+    assert keep(question_selection, longer) == [[False] * 4]  # 9 < 12

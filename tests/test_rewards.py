@@ -95,7 +95,8 @@ def test_accuracy_and_format_table(rule, table):
     check = {"boxed": boxed_format, "zero": zero_format}[rule]
     assert [float(check(c)) for c in completions] == formed
     assert [float(is_correct(c, problems[0])) for c in completions] == correct
-    assert rewards.format_reward(completions, problems, format=rule) == formed
+    ended = [f * (c.stop == "eos") for f, c in zip(formed, completions, strict=True)]
+    assert rewards.format_reward(completions, problems, format=rule) == ended
     assert rewards.accuracy(completions, problems, format="none") == correct
     gated = [f * c for f, c in zip(formed, correct, strict=True)]
     assert rewards.accuracy(completions, problems, format=rule) == gated

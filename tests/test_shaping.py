@@ -12,6 +12,7 @@ from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishm
 
 from rlkit.checks import ConfigError
 from rlkit.completion import Completion
+from rlkit.correct import all_correct
 from rlkit.rewards import accuracy, check_reward, is_correct, random_reward, score
 from rlkit.shaping import (
     Gated,
@@ -259,8 +260,8 @@ def lengths(completions, problems, /, **info):
     return [None if c.stop == "infra" else float(len(c.token_ids)) for c in completions]
 
 
-def ended(completion, problem):
-    return completion.reached_end
+def ended(completions, problems):
+    return [completion.reached_end for completion in completions]
 
 
 def test_a_gate_closes_on_what_it_does_not_like():
@@ -273,15 +274,18 @@ def test_a_gate_closes_on_what_it_does_not_like():
     assert values(Gated(lengths, ended), *rows) == [3.0, 4.0, 0.0, None]
     assert values(Gated(lengths, ended, otherwise=-1), *rows) == [3.0, 4.0, -1.0, None]
     assert values(on_right(lengths), *rows) == [3.0, 0.0, 0.0, None]
-    assert on_right(lengths) == Gated(lengths, is_correct, 0.0)
+    assert on_right(lengths) == Gated(lengths, all_correct, 0.0)
 
 
-def test_rows_without_a_value_stay_without_and_the_gate_is_not_asked():
-    def explode(completion, problem):
-        raise AssertionError("asked")
-
+def test_rows_without_a_value_stay_without():
     nothing = lambda completions, problems, /, **info: [None] * len(completions)  # noqa: E731
-    assert values(Gated(nothing, explode), completion(RIGHT)) == [None]
+    assert values(Gated(nothing, ended), completion(RIGHT)) == [None]
+
+
+def test_another_reward_can_be_the_gate():
+    rows = [completion(RIGHT, 2), completion(RIGHT * 2, 3), completion(WRONG, 4)]
+    assert values(on_right(lengths), *rows) == [2.0, 3.0, 0.0]
+    assert values(Gated(lengths, accuracy), *rows) == [2.0, 0.0, 0.0]  # two boxes: malformed
 
 
 def test_a_gate_hands_on_the_facts_of_the_step_and_all_rows():

@@ -3,7 +3,7 @@
 import pytest
 
 from rlkit.completion import Completion
-from rlkit.spurious import any_box, inverted, majority, noisy_accuracy
+from rlkit.spurious import any_box, format_reward, inverted, majority, noisy_accuracy
 
 
 def problem(name="p", answer="7"):
@@ -113,3 +113,9 @@ def test_any_box_pays_many_boxes_and_reads_the_reasoning():
         row(r"\boxed{7}", "infra"),
     ]
     assert values(any_box, *rows) == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, None]
+
+
+def test_form_is_paid_only_to_what_ended():
+    zero = "<think> a </think> <answer> 5 </answer>"
+    rows = [row(zero), row(zero, "length"), row(r"\boxed{5}"), row(zero, "infra")]
+    assert values(format_reward, *rows, format="zero") == [1.0, 0.0, 0.0, None]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import math
 from collections.abc import Mapping
@@ -19,11 +18,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from rlkit import (
     advantages,
     arms,
-    filters,
     models,
-    rewards,
     runs,
-    shaping,
     tasks,
     templates,
     trainer,
@@ -489,36 +485,6 @@ def test_filters_configured_and_of_ones_own(model: Path) -> None:
     drawn = runs.read_rollouts(path)
     middle = drawn.groupby("group")["reward"].transform("median")
     assert (drawn["kept"] == (drawn["reward"] >= middle)).all()
-
-
-def test_what_identifies_a_reward() -> None:
-    def one(completions: Any, problems: Any, /, **info: Any) -> Any:
-        return [1.0] * len(completions)
-
-    def same_name_other_body(completions: Any, problems: Any, /, **info: Any) -> Any:
-        return [2.0] * len(completions)
-
-    same_name_other_body.__qualname__ = one.__qualname__
-    bound = functools.partial(rewards.accuracy, format="boxed")
-    again = functools.partial(rewards.accuracy, format="boxed")
-    assert rewards.identity([("a", bound, 1.0)], None) == rewards.identity(
-        [("a", again, 1.0)], None
-    )
-    different = [
-        rewards.identity([("a", fn, weight)], chosen)
-        for fn, weight, chosen in (
-            (bound, 1.0, None),
-            (bound, 2.0, None),
-            (functools.partial(rewards.accuracy, format="zero"), 1.0, None),
-            (one, 1.0, None),
-            (same_name_other_body, 1.0, None),
-            (shaping.on_right(one), 1.0, None),
-            (shaping.on_right(rewards.accuracy), 1.0, None),
-            (one, 1.0, filters.overlong_masking),
-        )
-    ]
-    texts = [json.dumps(part) for part in different]
-    assert len(set(texts)) == len(texts)
 
 
 def test_obtaining_a_run_with_other_rewards_moves_the_old_one_aside(model: Path) -> None:
