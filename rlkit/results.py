@@ -29,6 +29,7 @@ def save(
     contrasts: Sequence[Contrast] = (),
     *,
     seeds: Mapping[str, int],
+    verdicts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write ``figures/<name>.csv``: measured values, then differences with their verdicts.
 
@@ -36,10 +37,12 @@ def save(
         name: file name without ending, for example ``03_results``.
         values: label to estimate.
         contrasts: differences; their verdict goes beside them.
+        verdicts: other verdicts than BETTER and WORSE for some contrasts, by name.
         seeds: training seeds behind the numbers, by the beginning of their label (``""``: all).
     """
     rows = [(label, e, "") for label, e in values.items()]
-    rows += [(c.name, c.difference, c.verdict.conclusion) for c in contrasts]
+    said = verdicts or {}
+    rows += [(c.name, c.difference, said.get(c.name, c.verdict.conclusion)) for c in contrasts]
     path = paths.figures_dir() / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:

@@ -29,6 +29,14 @@ def test_values_and_verdicts_reach_the_table(folder) -> None:
     assert results.fill(text, folder) == text
 
 
+def test_a_contrast_can_carry_another_verdict(folder) -> None:
+    gain = stats.Estimate(0.5, 0.4, 0.6, 100)
+    pair = [Contrast(n, gain, (0.5,), verdict(gain, 0.03), "x") for n in ("a: length", "b")]
+    path = results.save("08_results", {}, pair, seeds={"": 6}, verdicts={"a: length": "AGREES"})
+    lines = path.read_text().splitlines()[1:]
+    assert [line.rsplit(",", 1)[1] for line in lines] == ["AGREES", "BETTER"]
+
+
 def test_missing_markers_or_results_are_named(folder) -> None:
     with pytest.raises(ValueError, match="needs the lines"):
         results.fill("no markers", folder)
