@@ -17,12 +17,12 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from rlkit import findings, runs, signals
+from rlkit import curves, findings, runs, signals
 from rlkit.checks import ConfigError
 from rlkit.findings import AGREEMENT, MIN_STEPS, Example, Finding
 from rlkit.formats import FormatName
-from rlkit.parting import Parting, part
-from rlkit.timeline import first_visible, per_step
+from rlkit.parting import ALPHA, Parting, part
+from rlkit.timeline import per_step
 
 Run = str | Path
 Outcome = Literal["SOUND", "SUSPECT", "HACKED", "UNDECIDED"]
@@ -36,7 +36,8 @@ class Diagnosis:
         run: name of the folder. steps: steps with rewards; last: the last of them (0: none).
         evidence: findings, those that count first.
         parting: None where reward and truth did not part.
-        visible: (step, curve) at which loss, gradient norm or reward alone show trouble.
+        curves: step at which loss, gradient norm and reward alone show a change; those that do
+            (``rlkit.curves``).
         examples: wrong completions paid most, of different kinds, late ones first.
     """
 
@@ -46,8 +47,13 @@ class Diagnosis:
     last: int
     evidence: tuple[Finding, ...]
     parting: Parting | None
-    visible: tuple[int, str] | None
+    curves: dict[str, int]
     examples: tuple[Example, ...]
+
+    @property
+    def visible(self) -> tuple[int, str] | None:
+        """The first (step, curve) at which loss, gradient norm or reward alone show a change."""
+        return curves.first(self.curves)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -93,13 +99,12 @@ def parting(run: Run) -> Parting | None:
 
 
 def visible_in_loss(run: Run) -> int | None:
-    """The first step at which loss, gradient norm or reward curve alone leave their normal band.
+    """The first step at which loss, gradient norm or reward alone show a change; see ``curves``.
 
-    A curve leaves it when it lies, three steps in a row, more than five standard deviations (from
-    the median absolute deviation) off the median of the 20 steps before, to the side that alarms:
-    the loss to either, the gradient norm above, the reward below. None: a person sees nothing.
+    None: they show nothing with a false-alarm rate of 1 % per curve and run.
     """
-    found = first_visible(series(run))
+    groups = signals.group_means(signals.prepare(runs.read_rollouts(_existing(run))))
+    found = curves.first(curves.caught(runs.read_metrics(run), groups))
     return None if found is None else found[0]
 
 
@@ -192,7 +197,7 @@ def diagnose_rows(
         last=last,
         evidence=tuple(sorted(found, key=lambda finding: not finding.counts)),
         parting=parted,
-        visible=first_visible(per_step(rollouts, metrics, format)),
+        curves=curves.caught(metrics, signals.group_means(good)),
         examples=findings.telling(rows, since=0 if parted is None else parted.began),
     )
 
@@ -207,8 +212,11 @@ def report_text(diagnosis: Diagnosis, *, width: int = 96, lines: int = 6) -> str
     for finding in d.evidence:
         mark = "!" if finding.counts else " "
         out.append(f"{mark} {finding.code:17} {finding.message}")
-    seen = "nothing" if d.visible is None else f"{d.visible[1]} at step {d.visible[0]}"
-    out += ["", f"in the curves of loss, gradient norm and reward alone: {seen}"]
+    seen = ", ".join(
+        f"{curve} at step {d.curves[curve]}" if curve in d.curves else f"{curve} never"
+        for curve in curves.CURVES
+    )
+    out += ["", f"the same test on each curve alone, {ALPHA:.0%} false alarms each: {seen}"]
     for example in d.examples:
         out += [
             "",

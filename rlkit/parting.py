@@ -60,8 +60,11 @@ RECENT = 5
 """Steps whose groups give the sizes of the changes."""
 BETS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Exponents of the bets: small ones gain from few extreme groups, large ones from a slow drift."""
+SHIFT_STAKES = (0.5, 0.9)
+"""Shares of the capital that bets on a shift put at risk."""
 BLOCKS = 16
 """Scores per step that are ranked; of more groups, neighbours are summed. Bounds the cost."""
+_ROUNDING = 1e-12
 _DIGITS = 9
 """Scores are rounded: sums of equal rewards in another order must count as ties."""
 
@@ -127,14 +130,21 @@ def scores(groups: pd.DataFrame) -> pd.DataFrame:
     """
     held = groups[groups["wrong"] > 0]
     total = held["unearned"] * held["n"]
-    single = (total / np.sqrt(held["wrong"])).round(_DIGITS)
-    where = held.groupby("step").cumcount()
-    count = held.groupby("step")["step"].transform("size")
+    return in_blocks(held["step"], total / np.sqrt(held["wrong"]))
+
+
+def in_blocks(step: pd.Series, score: pd.Series) -> pd.DataFrame:
+    """Columns step and score; of more than ``BLOCKS`` scores per step, neighbours are summed.
+
+    A sum is divided by the root of its number of scores.
+    """
+    where = step.groupby(step).cumcount()
+    count = step.groupby(step).transform("size")
     block = where.where(count <= BLOCKS, where * BLOCKS // count)
-    joined = pd.DataFrame({"step": held["step"], "block": block, "score": single})
+    joined = pd.DataFrame({"step": step, "block": block, "score": score.round(_DIGITS)})
     summed = joined.groupby(["step", "block"])["score"].agg(["sum", "size"]).reset_index()
-    score = (summed["sum"] / np.sqrt(summed["size"])).round(_DIGITS)
-    return pd.DataFrame({"step": summed["step"], "score": score})
+    means = (summed["sum"] / np.sqrt(summed["size"])).round(_DIGITS)
+    return pd.DataFrame({"step": summed["step"], "score": means})
 
 
 def p_values(values: Floats, starts: Sequence[int] | NDArray[np.int_]) -> Floats:
@@ -156,12 +166,72 @@ def p_values(values: Floats, starts: Sequence[int] | NDArray[np.int_]) -> Floats
 def log_capital(p: Floats, active: NDArray[np.bool_]) -> Floats:
     """Logarithm of the mixed capital [N, K] after each value; bets are placed where ``active``."""
     logs = np.log(p)
-    mixed = np.full(p.shape, -np.inf)
-    for bet in BETS:
-        gains = np.where(active, np.log(bet) + (bet - 1) * logs, 0.0)
-        mixed = np.logaddexp(mixed, np.cumsum(gains, axis=0))
-    capital: Floats = mixed - np.log(len(BETS))
+    return _mixed([np.log(bet) + (bet - 1) * logs for bet in BETS], active)
+
+
+def log_capital_shift(p: Floats, active: NDArray[np.bool_]) -> Floats:
+    """As :func:`log_capital`, with bets on a shift: all values since the start above the bag.
+
+    The p-value of the i-th value since a start that has k values of reference is then at most
+    i / (k + i), whose chance is that under exchangeability; a share of ``SHIFT_STAKES`` of the
+    capital is bet on it.
+    """
+    since = np.cumsum(active, axis=0)
+    before = np.argmax(active, axis=0)[None, :]  # all of them, so an unlimited bag is needed
+    limit = since / np.maximum(before + since, 1)
+    gain = np.where(p <= limit + _ROUNDING, 1 / np.maximum(limit, _ROUNDING), 0.0)
+    return _mixed([np.log(1 - stake + stake * gain) for stake in SHIFT_STAKES], active)
+
+
+def _mixed(gains: list[Floats], active: NDArray[np.bool_]) -> Floats:
+    out = np.full(active.shape, -np.inf)
+    for each in gains:
+        out = np.logaddexp(out, np.cumsum(np.where(active, each, 0.0), axis=0))
+    capital: Floats = out - np.log(len(gains))
     return capital
+
+
+@dataclass(frozen=True)
+class Capital:
+    """Logarithms of the capital at the end of each step.
+
+    Attributes:
+        steps: [T] the steps with scores. starts: [K] indices into ``steps``.
+        own: [T, K] of each start. mixture: [T] of all of them.
+    """
+
+    steps: NDArray[np.int_]
+    starts: NDArray[np.int_]
+    own: Floats
+    mixture: Floats
+
+
+def capital(
+    step: NDArray[np.int_], score: Floats, *, bag: int | None = BAG, shifts: bool = False
+) -> Capital | None:
+    """The test martingale on scores [N] in order of steps; None with too few steps to start.
+
+    Args:
+        bag: steps of reference before a start; None: all.
+        shifts: half of the stake bets on shifts (:func:`log_capital_shift`); needs ``bag=None``.
+    """
+    steps = np.unique(step)
+    if len(steps) <= FIRST_START:
+        return None
+    starts = np.arange(FIRST_START, len(steps))
+    bags = np.searchsorted(step, steps[np.maximum(starts - (bag or len(steps)), 0)])
+    active = step[:, None] >= steps[starts][None, :]
+    last = np.searchsorted(step, steps, side="right") - 1  # the state at the end of each step
+    p = p_values(score, bags)
+    own = log_capital(p, active)
+    if shifts:
+        own = np.logaddexp(own, log_capital_shift(p, active)) - np.log(2)
+    own = own[last]
+    order = starts - FIRST_START + 1.0
+    weighted = own - np.log(order * (order + 1))
+    # Starts after the last step still hold their stake: the rest of the weights, 1 / (K + 1).
+    mixture = np.logaddexp(np.logaddexp.reduce(weighted, axis=1), -np.log(len(starts) + 1.0))
+    return Capital(steps, starts, own, mixture)
 
 
 def part(groups: pd.DataFrame, *, alpha: float = ALPHA) -> Parting | None:
@@ -175,23 +245,14 @@ def part(groups: pd.DataFrame, *, alpha: float = ALPHA) -> Parting | None:
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha!r}: expected a number in (0, 1), for example 0.01")
     data = scores(groups)
-    step = data["step"].to_numpy()
-    steps = np.unique(step)
-    if len(steps) <= FIRST_START:
+    found = capital(data["step"].to_numpy(), data["score"].to_numpy(np.float64))
+    if found is None:
         return None
-    starts = np.arange(FIRST_START, len(steps))
-    bags = np.searchsorted(step, steps[np.maximum(starts - BAG, 0)])
-    active = step[:, None] >= steps[starts][None, :]
-    capital = log_capital(p_values(data["score"].to_numpy(np.float64), bags), active)
-    order = starts - FIRST_START + 1.0
-    last = np.searchsorted(step, steps, side="right") - 1  # the state at the end of each step
-    weighted = capital[last] - np.log(order * (order + 1))
-    # Starts after the last step still hold their stake: the rest of the weights, 1 / (K + 1).
-    mixture = np.logaddexp(np.logaddexp.reduce(weighted, axis=1), -np.log(len(starts) + 1.0))
-    own, sums = capital[last], _running_sums(groups, steps)
+    steps, own, mixture = found.steps, found.own, found.mixture
+    sums = _running_sums(groups, steps)
     for t in np.flatnonzero(mixture >= -np.log(alpha)):
         strong = [k for k in np.argsort(-own[t], kind="stable") if own[t, k] >= -np.log(alpha)]
-        for k in starts[strong]:
+        for k in found.starts[strong]:
             changes = _changes(sums, int(k), int(t))
             if changes is not None:
                 return Parting(

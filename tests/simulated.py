@@ -115,20 +115,30 @@ def write_run(
     return folder
 
 
-def step_rows(rollouts: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; loss and gradient norm are noise, as they mostly are."""
+def step_rows(rollouts: pd.DataFrame, coupling: float = 0.0) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl; loss and gradient norm are noise, as they mostly are.
+
+    With ``coupling``, both also follow the change of the mean length since the step before:
+    gradients are larger while the policy moves.
+    """
     rng = np.random.default_rng(0)
-    return [
-        {
-            "step": int(step),
-            "reward": float(rows["reward"].mean()),
-            "accuracy": float(rows["correct"].mean()),
-            "entropy": 1 / (1 + int(step)),
-            "loss": float(rng.normal(0, 0.05)),
-            "grad_norm": float(0.2 + 0.03 * rng.standard_normal()),
-        }
-        for step, rows in (rollouts.groupby("step") if len(rollouts) else ())
-    ]
+    out: list[dict[str, Any]] = []
+    before: float | None = None
+    for step, rows in rollouts.groupby("step") if len(rollouts) else ():
+        now = float(rows["n_tokens"].mean()) / MAX_TOKENS
+        moved = 0.0 if before is None else abs(now - before)
+        before = now
+        out.append(
+            {
+                "step": int(step),
+                "reward": float(rows["reward"].mean()),
+                "accuracy": float(rows["correct"].mean()),
+                "entropy": 1 / (1 + int(step)),
+                "loss": float(rng.normal(0, 0.05)) - coupling * moved,
+                "grad_norm": float(0.2 + 0.03 * rng.standard_normal()) + coupling * moved,
+            }
+        )
+    return out
 
 
 def tear(folder: Path) -> None:
