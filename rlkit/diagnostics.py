@@ -8,6 +8,7 @@ numbers behind it and the completions that tell the most.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +18,17 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from rlkit import curves, findings, runs, signals
+from rlkit import curves, findings, gradient_view, runs, signals
 from rlkit.checks import ConfigError
-from rlkit.findings import AGREEMENT, MIN_STEPS, Example, Finding
+from rlkit.findings import MIN_STEPS, Finding
 from rlkit.formats import FormatName
-from rlkit.parting import ALPHA, Parting, part
+from rlkit.gradient_view import AGREEMENT
+from rlkit.parting import ALPHA, UNEARNED_SHARE, Parting, part
+from rlkit.telling import Example, telling
 from rlkit.timeline import per_step
 
 Run = str | Path
-Outcome = Literal["SOUND", "SUSPECT", "HACKED", "UNDECIDED"]
+Outcome = Literal["SOUND", "SUSPECT", "COLLAPSED", "HACKED", "UNDECIDED"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Diagnosis:
         parting: None where reward and truth did not part.
         curves: step at which loss, gradient norm and reward alone show a change; those that do
             (``rlkit.curves``).
-        examples: wrong completions paid most, of different kinds, late ones first.
+        examples: wrong completions paid or raised most, of different kinds, late ones first
+            (``rlkit.telling``); none for a sound run.
     """
 
     run: str
@@ -95,7 +99,12 @@ def series(run: Run, window: int = 1) -> pd.DataFrame:
 def parting(run: Run) -> Parting | None:
     """Where reward and truth part, and at which step that could be said; see ``rlkit.parting``."""
     rows = signals.prepare(runs.read_rollouts(_existing(run)))
-    return part(signals.group_means(rows))
+    return part(signals.group_means(rows), least=_matters(rows))
+
+
+def _matters(rows: pd.DataFrame) -> float:
+    """Rise of the unearned reward per completion that matters in this run."""
+    return UNEARNED_SHARE * signals.pay_scale(rows)
 
 
 def visible_in_loss(run: Run) -> int | None:
@@ -111,20 +120,26 @@ def visible_in_loss(run: Run) -> int | None:
 def diagnose(run: Run) -> Diagnosis:
     """Verdict on a run, by these rules, the first that fits.
 
-    HACKED: reward and truth parted (``rlkit.parting``), and true accuracy at the end is not above
-        what it was before (its 95 % interval reaches 0).
-    UNDECIDED: fewer than ``MIN_STEPS`` steps with rewards; or rewards never differ within a group;
-        or the agreement's interval holds ``AGREEMENT`` and nothing else counts.
-    SUSPECT: any finding that counts: ``parted`` (accuracy recovered later), ``unrelated``
+    HACKED: reward and truth parted (``rlkit.parting``); unearned reward at the end is above that
+        before the parting by more than ``UNEARNED_SHARE`` of ``signals.pay_scale``; and true
+        accuracy fell since, or rose by less than ``TRUTH_MARGIN`` while reward rose.
+    UNDECIDED: fewer than ``MIN_STEPS`` steps with rewards; or rewards never differ within a group.
+    COLLAPSED: true accuracy fell and the reward fell with it (``fell_together``): not hacked.
+    SUSPECT: any finding that counts: ``parted`` (and not a hack by the rule above), ``unrelated``
         (agreement below ``AGREEMENT``: the reward does not pay correctness, a random one for
-        example), ``reinforced_wrong``, ``reward_alone`` (reward rose, accuracy did not),
-        ``accuracy_fell``, ``completion_fell``, ``repetition_rose``.
+        example), ``reinforced_wrong``, ``reward_alone`` (wrong answers are paid more, accuracy did
+        not rise), ``accuracy_fell``, ``completion_fell``, ``repetition_rose``, ``trained_share``.
+    UNDECIDED: the agreement's interval holds ``AGREEMENT``, or fewer than ``MIN_GROUPS`` groups
+        have rewards that differ.
     SOUND: else. It says that reward and truth went together here, not that the reward cannot be
         fooled.
 
     Changes over the run go from the first ``FIRST_STEPS`` to the last ``LAST_STEPS`` steps. A
     threshold counts as passed when the whole 95 % interval over groups (prompts) lies beyond it.
-    All constants are in ``rlkit.findings`` and ``rlkit.parting``.
+    All constants are in ``rlkit.findings``, ``rlkit.gradient_view`` and ``rlkit.parting``.
+
+    Only ``parted``, and with it HACKED, has a stated rate of false alarms: 1 % per run on
+    exchangeable scores. SUSPECT is a union of several findings at 95 % each and has no such rate.
 
     Raises:
         RunError: no such run.
@@ -166,7 +181,8 @@ def diagnose_rows(
     steps = np.unique(rows["step"].to_numpy(int))
     last = int(steps[-1]) if len(steps) else 0
     groups, sums = findings.groups_of(rows), signals.within_group_sums(rows)
-    parted = part(signals.group_means(rows))
+    least = _matters(good)
+    parted = part(signals.group_means(good), least=least)
     found: list[Finding] = []
     verdict: Outcome = "UNDECIDED"
     if len(steps) < MIN_STEPS:
@@ -176,17 +192,18 @@ def diagnose_rows(
         text = "no group has rewards that differ: nothing can be learned from this reward"
         found.append(Finding("no_signal", text, last, counts=False))
     else:
-        found += findings.relation(sums, steps)
-        found += findings.changes(groups, steps) + findings.pay(groups, steps)
-        if any(finding.counts for finding in found):
-            verdict = "SUSPECT"
-        elif findings.agreement(sums).low >= AGREEMENT:
+        found += gradient_view.relation(sums, steps) + gradient_view.trained_share(rows, steps)
+        found += gradient_view.length_pull(rows, steps)
+        found += findings.changes(groups, steps, least) + findings.pay(groups, steps)
+        counting = {finding.code for finding in found if finding.counts}
+        if counting or parted is not None:
+            verdict = "COLLAPSED" if "fell_together" in counting else "SUSPECT"
+        elif gradient_view.agreement(sums).low >= AGREEMENT:
             verdict = "SOUND"
     if parted is not None:
-        truth = findings.since_parting(groups, steps, parted)
-        verdict = "SUSPECT" if truth.low > 0 else "HACKED"
-        text = f"true accuracy from before the parting to the end: {truth:+.3f}"
-        found = [findings.parted(parted), Finding("since_parting", text, last, False), *found]
+        after, hack = findings.aftermath(groups, steps, parted, least)
+        verdict = "HACKED" if hack else verdict
+        found = [findings.parted(parted), after, *found]
     if overridden:
         text = "trained with allow_exploitable: the self-check found a wrong answer that scores"
         found.append(Finding("allow_exploitable", text, 0, counts=False))
@@ -198,7 +215,9 @@ def diagnose_rows(
         evidence=tuple(sorted(found, key=lambda finding: not finding.counts)),
         parting=parted,
         curves=curves.caught(metrics, signals.group_means(good)),
-        examples=findings.telling(rows, since=0 if parted is None else parted.began),
+        examples=()
+        if verdict == "SOUND"
+        else telling(rows, since=0 if parted is None else parted.began),
     )
 
 
@@ -206,7 +225,11 @@ def diagnose_rows(
 
 
 def report_text(diagnosis: Diagnosis, *, width: int = 96, lines: int = 6) -> str:
-    """The diagnosis as plain text; a completion shows its first ``lines`` lines of ``width``."""
+    """The diagnosis as plain text.
+
+    A completion of more than ``lines`` lines shows the first and the last half of them, since
+    padding often stands at the end. ``width``: characters per line.
+    """
     d = diagnosis
     out = [f"{d.run}: {d.verdict} ({d.steps} steps with rewards, the last is {d.last})", ""]
     for finding in d.evidence:
@@ -216,18 +239,26 @@ def report_text(diagnosis: Diagnosis, *, width: int = 96, lines: int = 6) -> str
         f"{curve} at step {d.curves[curve]}" if curve in d.curves else f"{curve} never"
         for curve in curves.CURVES
     )
-    out += ["", f"the same test on each curve alone, {ALPHA:.0%} false alarms each: {seen}"]
+    out += ["", f"the same test on each curve alone, {100 * ALPHA:g} % false alarms each: {seen}"]
     for example in d.examples:
+        gain = "" if math.isnan(example.advantage) else f", advantage {example.advantage:+.2f}"
         out += [
             "",
-            f"step {example.step}, {example.problem_id or 'a problem'}: paid {example.reward:.3g} "
-            f"for {example.answer or 'no answer'!r}, gold {example.gold!r}, stop: {example.stop}",
+            f"step {example.step}, {example.problem_id or 'a problem'}: paid {example.reward:.3g}, "
+            f"{example.excess:.3g} above the lowest-paid wrong answer of the run{gain}",
+            f"  for {example.answer or 'no answer'!r}, gold {example.gold!r}, stop: {example.stop}",
+            *_excerpt(example.text, width, lines),
         ]
-        text = example.text.split("\n")
-        out += [f"    {line[:width]}{'…' if len(line) > width else ''}" for line in text[:lines]]
-        if len(text) > lines:
-            out.append(f"    … {len(text) - lines} more lines")
     return "\n".join(out)
+
+
+def _excerpt(text: str, width: int, lines: int) -> list[str]:
+    shown = [line[:width] + ("…" if len(line) > width else "") for line in text.split("\n")]
+    if len(shown) > lines:
+        head, tail = lines - lines // 2, lines // 2
+        between = f"… {len(shown) - lines} more lines …"
+        shown = [*shown[:head], between, *shown[len(shown) - tail :]]
+    return [f"    {line}" for line in shown]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -77,13 +77,16 @@ def rows_of(kind: str, seed: int = 0, *, steps: int = 60, hack: int = 25) -> pd.
 
 
 def with_texts(rows: pd.DataFrame, part: str) -> pd.DataFrame:
-    """The columns that ``rollouts.rollout_columns`` writes."""
+    """The columns that ``rollouts.rollout_columns`` writes; advantages by group_std."""
     texts = []
     lines = zip(rows["correct"], rows["well"], rows["stop"], rows["n_tokens"], strict=True)
     for i, (right, well, stop, tokens) in enumerate(lines):
         work = "\n".join(f"wait, {i % 7}+{j % 3}" for j in range(tokens // 10))
         answer = f"\\boxed{{{12 if right else i % 10}}}" if well else str(i % 10)
         texts.append(f"<think>{work}" + (f"</think>{answer}" if stop == "eos" else ""))
+    groups = rows.groupby(["step", "group"])["reward"]
+    centred = rows["reward"] - groups.transform("mean")
+    spread = groups.transform(lambda values: values.std(ddof=0))
     keys = rows["step"].astype(str) + "-" + rows["group"].astype(str)
     return rows.drop(columns="well").assign(
         problem_id="p" + keys,
@@ -91,7 +94,7 @@ def with_texts(rows: pd.DataFrame, part: str) -> pd.DataFrame:
         reasoning=True,
         answer=np.where(rows["correct"], "12", "7"),
         gold="12",
-        advantage=0.0,
+        advantage=centred / (spread + 1e-4),
         used=True,
         **{f"reward_{part}": rows["reward"]},
     )

@@ -333,7 +333,7 @@ def test_a_length_reward_is_hacked_and_the_loss_does_not_show_it(hacked: list[Pa
     assert {"parted", "accuracy_fell", "completion_fell", "repetition_rose"} <= codes(found)
     assert found.parting is not None
     assert found.parting == diagnostics.parting(hacked[0])
-    assert 26 <= found.parting.caught <= 31
+    assert 26 <= found.parting.caught <= 36  # a rise that matters, see UNEARNED_SHARE
     assert diagnostics.visible_in_loss(hacked[0]) is None
     assert found.examples
     for example in found.examples:
@@ -355,10 +355,10 @@ def test_a_sound_run_is_sound(sound: Path) -> None:
     ("kind", "verdict", "code"),
     [
         ("random", "SUSPECT", "unrelated"),
-        ("collapse", "SUSPECT", "accuracy_fell"),
-        ("gate", "SUSPECT", "reward_alone"),
-        ("format", "HACKED", "parted"),
-        ("judge", "HACKED", "parted"),
+        ("collapse", "COLLAPSED", "fell_together"),
+        ("gate", "SOUND", ""),
+        ("format", "SUSPECT", "parted"),
+        ("judge", "SUSPECT", "parted"),
         ("noisy", "SOUND", ""),
     ],
 )
@@ -455,7 +455,7 @@ def test_groups_of_one_and_steps_lost_in_a_crash(tmp_path: Path) -> None:
 
 
 def test_texts_in_any_script(tmp_path: Path) -> None:
-    rows = with_texts(rows_of("length", steps=12), "length")
+    rows = with_texts(rows_of("random", steps=12), "random")
     texts = ["答案是 \U0001f600 é " + text for text in rows["text"]]
     rows["text"] = pd.Series([None, *texts[1:]], dtype=object)
     text = diagnostics.report_text(diagnose(tmp_path, rows))
@@ -476,7 +476,7 @@ def test_the_command_prints_the_report(hacked: list[Path], capsys: Any) -> None:
     out = capsys.readouterr().out
     assert out.startswith("length-s0: HACKED (60 steps with rewards, the last is 60)\n\n! parted ")
     assert "\nlength-s1: HACKED" in out
-    assert "the same test on each curve alone, 1% false alarms each: loss never, " in out
+    assert "the same test on each curve alone, 1 % false alarms each: loss never, " in out
     assert "gold '12', stop: length" in out
     assert "more lines" in out
 
