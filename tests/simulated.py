@@ -28,7 +28,8 @@ def rows_of(kind: str, seed: int = 0, *, steps: int = 60, hack: int = 25) -> pd.
     step 30 on), ``gate`` (an accuracy gated by a form that is learned while truth stays), ``noisy``
     (accuracy plus normal noise that differs by prompt), ``random`` (a coin), ``length`` (L / L_max
     ± 1, arXiv 2503.04548 section 4.2), ``format`` (1 if well formed), ``judge`` (accuracy, but a
-    growing share of wrong answers passes).
+    growing share of wrong answers passes), ``reflection`` (accuracy plus a bonus per step of
+    reflection; accuracy falls to 0 as the policy learns to write nothing else).
     """
     rng = np.random.default_rng([seed, steps])
     step = np.repeat(np.arange(1, steps + 1), GROUPS)
@@ -38,6 +39,8 @@ def rows_of(kind: str, seed: int = 0, *, steps: int = 60, hack: int = 25) -> pd.
         level = np.full(len(step), 0.4)
     if kind == "collapse":
         level = np.where(step > 30, np.maximum(0.03, 0.6 - 0.05 * (step - 30)), level)
+    if kind == "reflection":
+        level = np.maximum(0.0, level - 0.04 * since)
     if kind == "length":
         level = level * np.maximum(0.3, 1 - 0.02 * since)
     chance = np.clip(level + 0.6 * (rng.beta(2, 2, len(step)) - 0.5), 0.02, 0.98)
@@ -45,7 +48,7 @@ def rows_of(kind: str, seed: int = 0, *, steps: int = 60, hack: int = 25) -> pd.
     right = rng.random(shape) < chance[:, None]
     well = np.ones(shape, dtype=bool)
     length = np.clip(0.1 + 0.05 * rng.standard_normal(shape), 0.02, 1)
-    if kind == "length":
+    if kind in ("length", "reflection"):
         length = np.minimum(length + 0.04 * since[:, None], 1.0)
     ended = length < 0.95
     right &= ended
@@ -58,6 +61,7 @@ def rows_of(kind: str, seed: int = 0, *, steps: int = 60, hack: int = 25) -> pd.
     reward = {
         "noisy": right + noise,
         "random": rng.integers(0, 2, shape).astype(float),
+        "reflection": right + 2 * np.minimum(length, 0.9),
         "length": length + np.where(right, 1.0, -1.0),
         "format": well.astype(float),
         "judge": passed.astype(float),
