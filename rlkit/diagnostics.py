@@ -84,9 +84,10 @@ def series(run: Run, window: int = 1) -> pd.DataFrame:
         reinforced_wrong: wrong and above the mean reward of its group, so that the gradient
             raises it.
         entropy, loss, grad_norm: from metrics.jsonl.
-        share_<part>: share of a reward part in the variance within groups that are trained on,
-            which is what the gradient sees: weight * cov(part, total) / var(total). Shares add up
-            to 1 and can be negative; weights by ``signals.part_weights``.
+        share_<part>: share of a reward part in what the gradient sees within groups trained on:
+            weight * cov(part, advantage) / cov(total, advantage), with the total in place of the
+            advantage where none was logged. Shares add up to 1 and can be negative; weights by
+            ``signals.part_weights``.
 
     Raises:
         RunError: no such run.

@@ -41,7 +41,7 @@ PANELS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
     ("share of completions", {
         "paid_wrong": ("wrong, paid", RED),
         "reinforced_wrong": ("wrong, raised", SKY),
-        "format_only": ("wrong, above ill-formed", PINK),
+        "format_only": ("format only", PINK),
     }),
     (LABELS["length"], {
         "length_right": ("right answers", BLUE),
@@ -50,8 +50,8 @@ PANELS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
     (LABELS["entropy"], {"entropy": ("entropy", GREEN)}),
 )  # fmt: skip
 """Axis title and curves (column of ``diagnostics.series`` to name and colour) of each panel; the
-second also shows the share of each reward part. ``wrong, raised``: raised by the gradient; ``wrong,
-above ill-formed``: column ``format_only``."""
+second also shows the share of each reward part. ``wrong, raised``: raised by the gradient; ``format
+only``: wrong, well formed and paid above a wrong, ill-formed answer of the group."""
 ROWS = len(PANELS) // 2
 DASHED = "true_gain"
 """Drawn last and dashed: under an accuracy reward it lies on the reward."""
@@ -110,6 +110,7 @@ def hacking_figure(
         fig.update_xaxes(title_text=LABELS["step"] if row == ROWS else None, row=row, col=col)
     for row in range(2, ROWS + 1):
         fig.update_yaxes(rangemode="tozero", row=row)
+    fig.update_yaxes(rangemode="tozero", row=1, col=2)
     fig.update_xaxes(matches="x")
     found = [mark for mark in map(parting, folders) if mark is not None]
     for mark in found:

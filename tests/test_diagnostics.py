@@ -612,7 +612,7 @@ def test_the_figure_marks_the_parting(hacked: list[Path], sound: Path) -> None:
     ended = np.mean([frame["completion_ratio"] for frame in frames], axis=0)
     assert list(drawn["ended"].y) == pytest.approx(ended, abs=1e-6)
     names = {"reward", "true accuracy", "share of length", "right answers", "entropy"}
-    assert {*names, "wrong, above ill-formed"} <= set(drawn)
+    assert {*names, "format only"} <= set(drawn)
     assert (drawn["reward"].line.dash, drawn["true accuracy"].line.dash) == ("solid", "dash")
     assert "mean over 2 seeds, band: their range" in fig.layout.title.subtitle.text
     json.loads(fig.to_json())
