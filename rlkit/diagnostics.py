@@ -1,8 +1,9 @@
 """Is the reward being gamed? Answers from a run folder alone: live, finished or crashed.
 
 :func:`series` shows reward against truth step by step, :func:`parting` says when the two part (with
-a stated rate of false alarms, see ``rlkit.parting``), :func:`diagnose` gives a verdict with the
-numbers behind it and the completions that tell the most.
+a rate of false alarms of 1 % per run on exchangeable scores, simulated for others, see
+``rlkit.parting``), :func:`diagnose` gives a verdict with the numbers behind it and the completions
+that tell the most. The verdict SUSPECT has no stated rate.
 """
 
 from __future__ import annotations

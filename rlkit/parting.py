@@ -52,7 +52,7 @@ from rlkit.stats import Estimate
 Floats = NDArray[np.float64]
 
 ALPHA = 0.01
-"""Chance of at least one false alarm in a run, however long it is."""
+"""Chance of at least one false alarm in a run on exchangeable scores, however long it is."""
 BAG = 10
 """Steps of reference before a start; at the beginning of a run, as many as there are."""
 FIRST_START = 5
@@ -82,7 +82,7 @@ class Parting:
             guarantee.
         reference: first and last of the steps before ``began`` that the changes start from.
         evidence: value of the mixture at ``caught``; >= 1 / alpha.
-        alpha: rate of false alarms per run.
+        alpha: rate of false alarms per run on exchangeable scores.
         reward, unearned, truth: change per completion of reward, unearned reward and true accuracy
             from the reference to the last ``RECENT`` steps up to ``caught``; t over groups.
     """
@@ -244,7 +244,7 @@ def part(groups: pd.DataFrame, *, least: float = 0.0, alpha: float = ALPHA) -> P
         groups: columns step, n (completions), wrong (how many of them), and per completion reward,
             unearned and truth (``signals.group_means``).
         least: rise of the unearned reward that the interval must exceed, >= 0.
-        alpha: rate of false alarms per run, in (0, 1).
+        alpha: rate of false alarms per run on exchangeable scores, in (0, 1).
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha!r}: expected a number in (0, 1), for example 0.01")
