@@ -1,13 +1,15 @@
 """Is the reward being gamed? Answers from a run folder alone: live, finished or crashed.
 
 :func:`series` shows reward against truth step by step, :func:`parting` says when the two part (with
-a stated rate of false alarms, see ``rlkit.parting``), :func:`diagnose` gives a verdict with the
-numbers behind it and the completions that tell the most.
+a rate of false alarms of 1 % per run on exchangeable scores, simulated for others, see
+``rlkit.parting``), :func:`diagnose` gives a verdict with the numbers behind it and the completions
+that tell the most. The verdict SUSPECT has no stated rate.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +19,17 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from rlkit import findings, runs, signals
+from rlkit import curves, findings, gradient_view, runs, signals
 from rlkit.checks import ConfigError
-from rlkit.findings import AGREEMENT, MIN_STEPS, Example, Finding
+from rlkit.findings import MIN_STEPS, Finding
 from rlkit.formats import FormatName
-from rlkit.parting import Parting, part
-from rlkit.timeline import first_visible, per_step
+from rlkit.gradient_view import AGREEMENT
+from rlkit.parting import ALPHA, UNEARNED_SHARE, Parting, part
+from rlkit.telling import Example, telling
+from rlkit.timeline import per_step
 
 Run = str | Path
-Outcome = Literal["SOUND", "SUSPECT", "HACKED", "UNDECIDED"]
+Outcome = Literal["SOUND", "SUSPECT", "COLLAPSED", "HACKED", "UNDECIDED"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,10 @@ class Diagnosis:
         run: name of the folder. steps: steps with rewards; last: the last of them (0: none).
         evidence: findings, those that count first.
         parting: None where reward and truth did not part.
-        visible: (step, curve) at which loss, gradient norm or reward alone show trouble.
-        examples: wrong completions paid most, of different kinds, late ones first.
+        curves: step at which loss, gradient norm and reward alone show a change; those that do
+            (``rlkit.curves``).
+        examples: wrong completions paid or raised most, of different kinds, late ones first
+            (``rlkit.telling``); none for a sound run.
     """
 
     run: str
@@ -46,8 +52,13 @@ class Diagnosis:
     last: int
     evidence: tuple[Finding, ...]
     parting: Parting | None
-    visible: tuple[int, str] | None
+    curves: dict[str, int]
     examples: tuple[Example, ...]
+
+    @property
+    def visible(self) -> tuple[int, str] | None:
+        """The first (step, curve) at which loss, gradient norm or reward alone show a change."""
+        return curves.first(self.curves)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -74,9 +85,10 @@ def series(run: Run, window: int = 1) -> pd.DataFrame:
         reinforced_wrong: wrong and above the mean reward of its group, so that the gradient
             raises it.
         entropy, loss, grad_norm: from metrics.jsonl.
-        share_<part>: share of a reward part in the variance within groups that are trained on,
-            which is what the gradient sees: weight * cov(part, total) / var(total). Shares add up
-            to 1 and can be negative; weights by ``signals.part_weights``.
+        share_<part>: share of a reward part in what the gradient sees within groups trained on:
+            weight * cov(part, advantage) / cov(total, advantage), with the total in place of the
+            advantage where none was logged. Shares add up to 1 and can be negative; weights by
+            ``signals.part_weights``.
 
     Raises:
         RunError: no such run.
@@ -89,37 +101,47 @@ def series(run: Run, window: int = 1) -> pd.DataFrame:
 def parting(run: Run) -> Parting | None:
     """Where reward and truth part, and at which step that could be said; see ``rlkit.parting``."""
     rows = signals.prepare(runs.read_rollouts(_existing(run)))
-    return part(signals.group_means(rows))
+    return part(signals.group_means(rows), least=_matters(rows))
+
+
+def _matters(rows: pd.DataFrame) -> float:
+    """Rise of the unearned reward per completion that matters in this run."""
+    return UNEARNED_SHARE * signals.pay_scale(rows)
 
 
 def visible_in_loss(run: Run) -> int | None:
-    """The first step at which loss, gradient norm or reward curve alone leave their normal band.
+    """The first step at which loss, gradient norm or reward alone show a change; see ``curves``.
 
-    A curve leaves it when it lies, three steps in a row, more than five standard deviations (from
-    the median absolute deviation) off the median of the 20 steps before, to the side that alarms:
-    the loss to either, the gradient norm above, the reward below. None: a person sees nothing.
+    None: they show nothing with a false-alarm rate of 1 % per curve and run.
     """
-    found = first_visible(series(run))
+    groups = signals.group_means(signals.prepare(runs.read_rollouts(_existing(run))))
+    found = curves.first(curves.caught(runs.read_metrics(run), groups))
     return None if found is None else found[0]
 
 
 def diagnose(run: Run) -> Diagnosis:
     """Verdict on a run, by these rules, the first that fits.
 
-    HACKED: reward and truth parted (``rlkit.parting``), and true accuracy at the end is not above
-        what it was before (its 95 % interval reaches 0).
-    UNDECIDED: fewer than ``MIN_STEPS`` steps with rewards; or rewards never differ within a group;
-        or the agreement's interval holds ``AGREEMENT`` and nothing else counts.
-    SUSPECT: any finding that counts: ``parted`` (accuracy recovered later), ``unrelated``
+    HACKED: reward and truth parted (``rlkit.parting``); unearned reward at the end is above that
+        before the parting by more than ``UNEARNED_SHARE`` of ``signals.pay_scale``; and true
+        accuracy fell since, or rose by less than ``TRUTH_MARGIN`` while reward rose.
+    UNDECIDED: fewer than ``MIN_STEPS`` steps with rewards; or rewards never differ within a group.
+    COLLAPSED: true accuracy fell and the reward fell with it (``fell_together``): not hacked.
+    SUSPECT: any finding that counts: ``parted`` (and not a hack by the rule above), ``unrelated``
         (agreement below ``AGREEMENT``: the reward does not pay correctness, a random one for
-        example), ``reinforced_wrong``, ``reward_alone`` (reward rose, accuracy did not),
-        ``accuracy_fell``, ``completion_fell``, ``repetition_rose``.
+        example), ``reinforced_wrong``, ``reward_alone`` (wrong answers are paid more, accuracy did
+        not rise), ``accuracy_fell``, ``completion_fell``, ``repetition_rose``, ``trained_share``.
+    UNDECIDED: the agreement's interval holds ``AGREEMENT``, or fewer than ``MIN_GROUPS`` groups
+        have rewards that differ.
     SOUND: else. It says that reward and truth went together here, not that the reward cannot be
         fooled.
 
     Changes over the run go from the first ``FIRST_STEPS`` to the last ``LAST_STEPS`` steps. A
     threshold counts as passed when the whole 95 % interval over groups (prompts) lies beyond it.
-    All constants are in ``rlkit.findings`` and ``rlkit.parting``.
+    All constants are in ``rlkit.findings``, ``rlkit.gradient_view`` and ``rlkit.parting``.
+
+    Only ``parted``, and with it HACKED, has a stated rate of false alarms: 1 % per run on
+    exchangeable scores. SUSPECT is a union of several findings at 95 % each and has no such rate.
 
     Raises:
         RunError: no such run.
@@ -161,7 +183,8 @@ def diagnose_rows(
     steps = np.unique(rows["step"].to_numpy(int))
     last = int(steps[-1]) if len(steps) else 0
     groups, sums = findings.groups_of(rows), signals.within_group_sums(rows)
-    parted = part(signals.group_means(rows))
+    least = _matters(good)
+    parted = part(signals.group_means(good), least=least)
     found: list[Finding] = []
     verdict: Outcome = "UNDECIDED"
     if len(steps) < MIN_STEPS:
@@ -171,17 +194,18 @@ def diagnose_rows(
         text = "no group has rewards that differ: nothing can be learned from this reward"
         found.append(Finding("no_signal", text, last, counts=False))
     else:
-        found += findings.relation(sums, steps)
-        found += findings.changes(groups, steps) + findings.pay(groups, steps)
-        if any(finding.counts for finding in found):
-            verdict = "SUSPECT"
-        elif findings.agreement(sums).low >= AGREEMENT:
+        found += gradient_view.relation(sums, steps) + gradient_view.trained_share(rows, steps)
+        found += gradient_view.length_pull(rows, steps)
+        found += findings.changes(groups, steps, least) + findings.pay(groups, steps)
+        counting = {finding.code for finding in found if finding.counts}
+        if counting or parted is not None:
+            verdict = "COLLAPSED" if "fell_together" in counting else "SUSPECT"
+        elif gradient_view.agreement(sums).low >= AGREEMENT:
             verdict = "SOUND"
     if parted is not None:
-        truth = findings.since_parting(groups, steps, parted)
-        verdict = "SUSPECT" if truth.low > 0 else "HACKED"
-        text = f"true accuracy from before the parting to the end: {truth:+.3f}"
-        found = [findings.parted(parted), Finding("since_parting", text, last, False), *found]
+        after, hack = findings.aftermath(groups, steps, parted, least)
+        verdict = "HACKED" if hack else verdict
+        found = [findings.parted(parted), after, *found]
     if overridden:
         text = "trained with allow_exploitable: the self-check found a wrong answer that scores"
         found.append(Finding("allow_exploitable", text, 0, counts=False))
@@ -192,8 +216,10 @@ def diagnose_rows(
         last=last,
         evidence=tuple(sorted(found, key=lambda finding: not finding.counts)),
         parting=parted,
-        visible=first_visible(per_step(rollouts, metrics, format)),
-        examples=findings.telling(rows, since=0 if parted is None else parted.began),
+        curves=curves.caught(metrics, signals.group_means(good)),
+        examples=()
+        if verdict == "SOUND"
+        else telling(rows, since=0 if parted is None else parted.began),
     )
 
 
@@ -201,25 +227,40 @@ def diagnose_rows(
 
 
 def report_text(diagnosis: Diagnosis, *, width: int = 96, lines: int = 6) -> str:
-    """The diagnosis as plain text; a completion shows its first ``lines`` lines of ``width``."""
+    """The diagnosis as plain text.
+
+    A completion of more than ``lines`` lines shows the first and the last half of them, since
+    padding often stands at the end. ``width``: characters per line.
+    """
     d = diagnosis
     out = [f"{d.run}: {d.verdict} ({d.steps} steps with rewards, the last is {d.last})", ""]
     for finding in d.evidence:
         mark = "!" if finding.counts else " "
         out.append(f"{mark} {finding.code:17} {finding.message}")
-    seen = "nothing" if d.visible is None else f"{d.visible[1]} at step {d.visible[0]}"
-    out += ["", f"in the curves of loss, gradient norm and reward alone: {seen}"]
+    seen = ", ".join(
+        f"{curve} at step {d.curves[curve]}" if curve in d.curves else f"{curve} never"
+        for curve in curves.CURVES
+    )
+    out += ["", f"the same test on each curve alone, {100 * ALPHA:g} % false alarms each: {seen}"]
     for example in d.examples:
+        gain = "" if math.isnan(example.advantage) else f", advantage {example.advantage:+.2f}"
         out += [
             "",
-            f"step {example.step}, {example.problem_id or 'a problem'}: paid {example.reward:.3g} "
-            f"for {example.answer or 'no answer'!r}, gold {example.gold!r}, stop: {example.stop}",
+            f"step {example.step}, {example.problem_id or 'a problem'}: paid {example.reward:.3g}, "
+            f"{example.excess:.3g} above the lowest-paid wrong answer of the run{gain}",
+            f"  for {example.answer or 'no answer'!r}, gold {example.gold!r}, stop: {example.stop}",
+            *_excerpt(example.text, width, lines),
         ]
-        text = example.text.split("\n")
-        out += [f"    {line[:width]}{'…' if len(line) > width else ''}" for line in text[:lines]]
-        if len(text) > lines:
-            out.append(f"    … {len(text) - lines} more lines")
     return "\n".join(out)
+
+
+def _excerpt(text: str, width: int, lines: int) -> list[str]:
+    shown = [line[:width] + ("…" if len(line) > width else "") for line in text.split("\n")]
+    if len(shown) > lines:
+        head, tail = lines - lines // 2, lines // 2
+        between = f"… {len(shown) - lines} more lines …"
+        shown = [*shown[:head], between, *shown[len(shown) - tail :]]
+    return [f"    {line}" for line in shown]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -37,15 +37,24 @@ PANELS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
         "completion_ratio": ("ended", GREEN),
         "repetition": ("repeated", PINK),
         "compression": ("compressed", ORANGE),
+    }),
+    ("share of completions", {
+        "paid_wrong": ("wrong, paid", RED),
         "reinforced_wrong": ("wrong, raised", SKY),
+        "format_only": ("format only", PINK),
     }),
     (LABELS["length"], {
         "length_right": ("right answers", BLUE),
         "length_wrong": ("wrong answers", RED),
     }),
+    (LABELS["entropy"], {"entropy": ("entropy", GREEN)}),
 )  # fmt: skip
 """Axis title and curves (column of ``diagnostics.series`` to name and colour) of each panel; the
-second also shows the share of each reward part. ``wrong, raised``: raised by the gradient."""
+second also shows the share of each reward part. ``wrong, raised``: raised by the gradient; ``format
+only``: wrong, well formed and paid above a wrong, ill-formed answer of the group."""
+ROWS = len(PANELS) // 2
+DASHED = "true_gain"
+"""Drawn last and dashed: under an accuracy reward it lies on the reward."""
 
 
 def over_series(frames: Sequence[pd.DataFrame], column: str) -> pd.DataFrame:
@@ -67,12 +76,14 @@ def over_series(frames: Sequence[pd.DataFrame], column: str) -> pd.DataFrame:
 def hacking_figure(
     folders: Sequence[Run], *, window: int = 5, title: str = "Reward against truth"
 ) -> go.Figure:
-    """Four panels for the seeds of one arm: mean over seeds, band: their range.
+    """Six panels for the seeds of one arm: mean over seeds, band: their range.
 
     Reward and true accuracy as gains in standard deviations, with the step at which they parted
     (dotted) and at which that could be said (dashed; ``rlkit.parting``, one pair per seed); share
     of each reward part in the variance that the gradient sees, and how far the reward agrees with
-    correctness; completion ratio, repetition and compression; length of right and wrong answers.
+    correctness; completion ratio, repetition and compression; wrong answers that are paid, raised
+    by the gradient, or paid above ill-formed ones; length of right and wrong answers; entropy.
+    Truth is dashed, so that the reward stays visible where both are equal.
 
     Args:
         folders: run folders or names of one arm. window: moving average over this many steps, the
@@ -90,14 +101,16 @@ def hacking_figure(
     parts = list(dict.fromkeys(c for f in frames for c in f.columns if c.startswith("share_")))
     colors = colors_of(parts)
     shares = {p: (f"share of {p.removeprefix('share_')}", colors[p]) for p in parts}
-    fig = make_subplots(rows=2, cols=2, horizontal_spacing=0.1, vertical_spacing=0.17)
+    fig = make_subplots(rows=ROWS, cols=2, horizontal_spacing=0.1, vertical_spacing=0.11)
     for i, (axis, curves) in enumerate(PANELS):
         row, col = i // 2 + 1, i % 2 + 1
         for column, (name, color) in ({**curves, **shares} if i == 1 else curves).items():
-            _draw(fig, over_series(frames, column), name, color, row, col)
+            _draw(fig, over_series(frames, column), name, color, row, col, column == DASHED)
         fig.update_yaxes(title_text=axis, row=row, col=col)
-        fig.update_xaxes(title_text=LABELS["step"] if row == 2 else None, row=row, col=col)
-    fig.update_yaxes(rangemode="tozero", row=2)
+        fig.update_xaxes(title_text=LABELS["step"] if row == ROWS else None, row=row, col=col)
+    for row in range(2, ROWS + 1):
+        fig.update_yaxes(rangemode="tozero", row=row)
+    fig.update_yaxes(rangemode="tozero", row=1, col=2)
     fig.update_xaxes(matches="x")
     found = [mark for mark in map(parting, folders) if mark is not None]
     for mark in found:
@@ -106,7 +119,7 @@ def hacking_figure(
     many = len(folders) > 1
     subtitle = f"mean over {len(folders)} seeds, band: their range" if many else "one seed"
     subtitle += f"; mean of the last {window} steps" if window > 1 else ""
-    styled(fig, title, subtitle, height=640)
+    styled(fig, title, subtitle, height=900)
     _panel_legends(fig)
     add_note(fig, _parting_note(found, len(folders)))
     return add_note(fig, OVERRIDE_NOTE, color=RED) if overridden(folders) else fig
@@ -137,7 +150,9 @@ def _parting_note(found: Sequence[Parting], count: int) -> str:
     return f"reward and truth parted{whose}: dotted, estimated start; dashed, caught"
 
 
-def _draw(fig: go.Figure, band: pd.DataFrame, name: str, color: str, row: int, col: int) -> None:
+def _draw(
+    fig: go.Figure, band: pd.DataFrame, name: str, color: str, row: int, col: int, dashed: bool
+) -> None:
     if band.empty:
         return
     panel = 2 * (row - 1) + col
@@ -164,7 +179,7 @@ def _draw(fig: go.Figure, band: pd.DataFrame, name: str, color: str, row: int, c
             y=numbers(band["mean"]),
             name=name,
             mode="lines",
-            line={"color": color, "width": 2.4},
+            line={"color": color, "width": 2.4, "dash": "dash" if dashed else "solid"},
             legend=legend,
             showlegend=True,
             hovertemplate="%{y:.3g}",

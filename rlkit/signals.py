@@ -103,13 +103,36 @@ def reinforced(rows: pd.DataFrame) -> NDArray[np.bool_]:
     return above & rows["trained"].to_numpy(bool)
 
 
-def format_only(rows: pd.DataFrame, format: FormatName) -> NDArray[np.bool_]:
-    """Wrong, well formed, and paid above a wrong and ill-formed answer of the same group."""
+def pay_scale(rows: pd.DataFrame) -> float:
+    """What unearned pay is compared with, from the first ``REFERENCE`` steps alone.
+
+    The gap between the mean pay of right and of wrong answers, but at least the standard deviation
+    of the rewards, since a reward that ignores correctness has no gap. Without right or without
+    wrong answers: the range of the rewards. 0 if all rewards there are equal.
+    """
+    reward, right = rows["reward"].to_numpy(float), rows["correct"].to_numpy(bool)
+    known = np.isfinite(reward)
+    step = rows["step"].to_numpy()
+    early = known & np.isin(step, np.unique(step[known])[:REFERENCE])
+    if not early.any():
+        return 0.0
+    if not (early & right).any() or not (early & ~right).any():
+        return float(np.ptp(reward[early]))
+    gap = reward[early & right].mean() - reward[early & ~right].mean()
+    return float(max(gap, reward[early].std()))
+
+
+def obeys(rows: pd.DataFrame, format: FormatName) -> NDArray[np.bool_]:
+    """Whether each completion follows the format rule."""
     keys = list(zip(rows["text"], rows["stop"], strict=True))
-    obeys = {
+    rule = {
         key: well_formed(Completion.from_text(key[0], stop=key[1]), format) for key in set(keys)
     }
-    good = np.array([obeys[key] for key in keys], dtype=bool)
+    return np.array([rule[key] for key in keys], dtype=bool)
+
+
+def format_only(rows: pd.DataFrame, good: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Wrong, well formed (``good``), and paid above a wrong, ill-formed answer of the group."""
     wrong = ~rows["correct"].to_numpy(bool)
     low = rows["reward"].where(wrong & ~good)
     lowest = low.groupby([rows["step"], rows["group"]]).transform("min")
@@ -131,10 +154,15 @@ def group_means(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def within_group_sums(rows: pd.DataFrame) -> pd.DataFrame:
-    """Sums of squares and products about the group's mean, one row per group trained on.
+    """What each group trained on teaches: sums of products about the group's mean, a row per group.
 
     Columns step, rr (reward), cc (correct), rc, and ``r_<part>``: reward times each part of it,
     the part weighted by its share in the total (see :func:`part_weights`).
+
+    Where advantages were logged they take the place of the reward in the first factor, since the
+    gradient sees them: group-standardised ones weigh a group of small spread as much as one of
+    large spread. ``cc`` is then weighted by the slope of advantage on reward in the group, so that
+    a reward that is correctness still has an agreement of 1.
     """
     known = rows[rows["trained"] & np.isfinite(rows["reward"].to_numpy(float))]
     keys = [known["step"], known["group"]]
@@ -146,8 +174,16 @@ def within_group_sums(rows: pd.DataFrame) -> pd.DataFrame:
     values = pd.DataFrame(columns, index=known.index)
     centred = values - values.groupby(keys).transform("mean")
     centred = centred.where(centred.abs() > TINY, 0.0)  # equal rewards have no variance
-    products = {"rr": centred["r"] ** 2, "cc": centred["c"] ** 2, "rc": centred["r"] * centred["c"]}
-    products |= {f"r_{k}": centred["r"] * centred[f"p_{k}"] for k in weights}
+    seen, slope = centred["r"], pd.Series(1.0, index=known.index)
+    if "advantage" in known:
+        logged = pd.Series(np.nan_to_num(_finite(known["advantage"])), index=known.index)
+        if (logged.abs() > TINY).any():
+            own = (centred["r"] ** 2).groupby(keys).transform("sum")
+            slope = (logged * centred["r"]).groupby(keys).transform("sum") / own.where(own > 0)
+            seen, slope = logged, slope.fillna(0.0).clip(lower=0.0)
+    products = {"rr": seen * centred["r"], "cc": slope * centred["c"] ** 2}
+    products |= {"rc": seen * centred["c"]}
+    products |= {f"r_{k}": seen * centred[f"p_{k}"] for k in weights}
     sums = pd.DataFrame(products, index=known.index).groupby(keys).sum()
     return sums.reset_index().drop(columns="group")
 
@@ -175,7 +211,7 @@ def agreement(sums: pd.DataFrame) -> float:
     rr, cc, rc = (float(sums[name].sum()) for name in ("rr", "cc", "rc"))
     if rr <= 0:
         return float("nan")
-    return rc / float(np.sqrt(rr * cc)) if cc > 0 else 0.0
+    return float(np.clip(rc / np.sqrt(rr * cc), -1, 1)) if cc > 0 else 0.0
 
 
 # --- texts ----------------------------------------------------------------------------------------
@@ -203,12 +239,14 @@ def compression(texts: Iterable[str]) -> float:
 def by_row(rows: pd.DataFrame, format: FormatName) -> pd.DataFrame:
     """The rows of ``prepare`` with the measures of each row beside them."""
     wrong, pay = ~rows["correct"].to_numpy(bool), paid(rows)
+    good = obeys(rows, format)
     repeated = {text: repetition(text) for text in set(rows["text"])}
     return rows.assign(
         unearned=unearned(rows),
         ended=rows["stop"] == "eos",
         repetition=[repeated[text] for text in rows["text"]],
-        format_only=format_only(rows, format),
+        well=good,
+        format_only=format_only(rows, good),
         paid_wrong=wrong & pay,
         unpaid_right=~wrong & ~pay & np.isfinite(rows["reward"].to_numpy(float)),
         reinforced_wrong=wrong & reinforced(rows),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
 from rlkit import signals
@@ -43,15 +42,6 @@ _FROM_METRICS = {
     "loss": "loss",
     "grad_norm": "grad_norm",
 }
-
-BAND_STEPS = 20
-"""Steps before the present one whose median and spread make the normal band of a curve."""
-BAND_WIDTH = 5.0
-"""Half width of the band, in standard deviations (1.4826 median absolute deviations)."""
-BAND_OUTSIDE = 3
-"""Steps in a row outside, on the same side, before a person would call it more than an outlier."""
-WATCHED = {"loss": (1, -1), "grad_norm": (1,), "proxy": (-1,)}
-"""Curves and the directions that alarm: a rising reward is what everybody hopes for."""
 
 
 def per_step(
@@ -130,24 +120,3 @@ def _gain(table: pd.DataFrame, column: str, values: pd.Series, step: pd.Series) 
     spreads = (float(numbers[step.isin(early)].std(ddof=0)), float(numbers.std(ddof=0)))
     scale = next((s for s in spreads if s > signals.TINY), 1.0)
     return (table[column] - start.mean()) / scale
-
-
-def first_visible(table: pd.DataFrame) -> tuple[int, str] | None:
-    """(step, curve) at which a person would see trouble in the curves alone; see the constants.
-
-    Args:
-        table: result of :func:`per_step` with window 1.
-    """
-    found = []
-    for curve, sides in WATCHED.items():
-        known = table[["step", curve]].dropna()
-        values = known[curve]
-        past = values.rolling(BAND_STEPS)
-        middle = past.median().shift(1)
-        spread = past.apply(lambda v: 1.4826 * np.median(np.abs(v - np.median(v))), raw=True)
-        distance = (values - middle) / spread.shift(1).clip(lower=signals.TINY)
-        for side in sides:
-            out = (side * distance > BAND_WIDTH).rolling(BAND_OUTSIDE).sum() == BAND_OUTSIDE
-            if out.any():
-                found.append((int(known["step"][out.idxmax()]), curve))
-    return min(found, default=None)

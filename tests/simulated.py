@@ -28,7 +28,8 @@ def rows_of(kind: str, seed: int = 0, *, steps: int = 60, hack: int = 25) -> pd.
     step 30 on), ``gate`` (an accuracy gated by a form that is learned while truth stays), ``noisy``
     (accuracy plus normal noise that differs by prompt), ``random`` (a coin), ``length`` (L / L_max
     ± 1, arXiv 2503.04548 section 4.2), ``format`` (1 if well formed), ``judge`` (accuracy, but a
-    growing share of wrong answers passes).
+    growing share of wrong answers passes), ``reflection`` (accuracy plus a bonus per step of
+    reflection; accuracy falls to 0 as the policy learns to write nothing else).
     """
     rng = np.random.default_rng([seed, steps])
     step = np.repeat(np.arange(1, steps + 1), GROUPS)
@@ -38,6 +39,8 @@ def rows_of(kind: str, seed: int = 0, *, steps: int = 60, hack: int = 25) -> pd.
         level = np.full(len(step), 0.4)
     if kind == "collapse":
         level = np.where(step > 30, np.maximum(0.03, 0.6 - 0.05 * (step - 30)), level)
+    if kind == "reflection":
+        level = np.maximum(0.0, level - 0.04 * since)
     if kind == "length":
         level = level * np.maximum(0.3, 1 - 0.02 * since)
     chance = np.clip(level + 0.6 * (rng.beta(2, 2, len(step)) - 0.5), 0.02, 0.98)
@@ -45,7 +48,7 @@ def rows_of(kind: str, seed: int = 0, *, steps: int = 60, hack: int = 25) -> pd.
     right = rng.random(shape) < chance[:, None]
     well = np.ones(shape, dtype=bool)
     length = np.clip(0.1 + 0.05 * rng.standard_normal(shape), 0.02, 1)
-    if kind == "length":
+    if kind in ("length", "reflection"):
         length = np.minimum(length + 0.04 * since[:, None], 1.0)
     ended = length < 0.95
     right &= ended
@@ -58,6 +61,7 @@ def rows_of(kind: str, seed: int = 0, *, steps: int = 60, hack: int = 25) -> pd.
     reward = {
         "noisy": right + noise,
         "random": rng.integers(0, 2, shape).astype(float),
+        "reflection": right + 2 * np.minimum(length, 0.9),
         "length": length + np.where(right, 1.0, -1.0),
         "format": well.astype(float),
         "judge": passed.astype(float),
@@ -77,13 +81,16 @@ def rows_of(kind: str, seed: int = 0, *, steps: int = 60, hack: int = 25) -> pd.
 
 
 def with_texts(rows: pd.DataFrame, part: str) -> pd.DataFrame:
-    """The columns that ``rollouts.rollout_columns`` writes."""
+    """The columns that ``rollouts.rollout_columns`` writes; advantages by group_std."""
     texts = []
     lines = zip(rows["correct"], rows["well"], rows["stop"], rows["n_tokens"], strict=True)
     for i, (right, well, stop, tokens) in enumerate(lines):
         work = "\n".join(f"wait, {i % 7}+{j % 3}" for j in range(tokens // 10))
         answer = f"\\boxed{{{12 if right else i % 10}}}" if well else str(i % 10)
         texts.append(f"<think>{work}" + (f"</think>{answer}" if stop == "eos" else ""))
+    groups = rows.groupby(["step", "group"])["reward"]
+    centred = rows["reward"] - groups.transform("mean")
+    spread = groups.transform(lambda values: values.std(ddof=0))
     keys = rows["step"].astype(str) + "-" + rows["group"].astype(str)
     return rows.drop(columns="well").assign(
         problem_id="p" + keys,
@@ -91,7 +98,7 @@ def with_texts(rows: pd.DataFrame, part: str) -> pd.DataFrame:
         reasoning=True,
         answer=np.where(rows["correct"], "12", "7"),
         gold="12",
-        advantage=0.0,
+        advantage=centred / (spread + 1e-4),
         used=True,
         **{f"reward_{part}": rows["reward"]},
     )
@@ -115,20 +122,30 @@ def write_run(
     return folder
 
 
-def step_rows(rollouts: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; loss and gradient norm are noise, as they mostly are."""
+def step_rows(rollouts: pd.DataFrame, coupling: float = 0.0) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl; loss and gradient norm are noise, as they mostly are.
+
+    With ``coupling``, both also follow the change of the mean length since the step before:
+    gradients are larger while the policy moves.
+    """
     rng = np.random.default_rng(0)
-    return [
-        {
-            "step": int(step),
-            "reward": float(rows["reward"].mean()),
-            "accuracy": float(rows["correct"].mean()),
-            "entropy": 1 / (1 + int(step)),
-            "loss": float(rng.normal(0, 0.05)),
-            "grad_norm": float(0.2 + 0.03 * rng.standard_normal()),
-        }
-        for step, rows in (rollouts.groupby("step") if len(rollouts) else ())
-    ]
+    out: list[dict[str, Any]] = []
+    before: float | None = None
+    for step, rows in rollouts.groupby("step") if len(rollouts) else ():
+        now = float(rows["n_tokens"].mean()) / MAX_TOKENS
+        moved = 0.0 if before is None else abs(now - before)
+        before = now
+        out.append(
+            {
+                "step": int(step),
+                "reward": float(rows["reward"].mean()),
+                "accuracy": float(rows["correct"].mean()),
+                "entropy": 1 / (1 + int(step)),
+                "loss": float(rng.normal(0, 0.05)) - coupling * moved,
+                "grad_norm": float(0.2 + 0.03 * rng.standard_normal()) + coupling * moved,
+            }
+        )
+    return out
 
 
 def tear(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from simulated import rows_of, step_rows, tear, with_texts, write_run
 
-from rlkit import diagnostics, hacking_charts, parting, runs, signals, theme, timeline
+from rlkit import curves, diagnostics, gradient_view, hacking_charts, parting, runs, signals, theme
 from rlkit.__main__ import main as command
 from rlkit.parting import ALPHA, Parting
 
@@ -128,6 +128,65 @@ def test_parts_that_are_copies_share_what_they_explain() -> None:
     sums = signals.within_group_sums(signals.prepare(rows))
     assert sums["r_a"].sum() == pytest.approx(sums["rr"].sum() / 2)
     assert sums["r_b"].sum() == pytest.approx(sums["rr"].sum() / 2)
+
+
+def test_advantages_weigh_the_groups() -> None:
+    """Two groups of spread 1 and .1; the second pays part b only and no right answer more."""
+    rows = pd.DataFrame(
+        [
+            row(1, 0, GOOD, True, 2.0, reward_a=2.0, advantage=1.0),
+            row(1, 0, BAD, False, 0.0, reward_a=0.0, advantage=-1.0),
+            row(1, 1, BAD, False, 0.2, reward_b=0.2, advantage=1.0, reward_a=0.0),
+            row(1, 1, GOOD, True, 0.0, reward_b=0.0, advantage=-1.0, reward_a=0.0),
+        ]
+    )
+    raw = signals.within_group_sums(signals.prepare(rows.drop(columns="advantage")))
+    assert raw["rr"].tolist() == pytest.approx([2.0, 0.02])
+    seen = signals.within_group_sums(signals.prepare(rows))
+    # advantage times deviation: 2 * 1 * 1 and 2 * 1 * .1; slopes 1 and 10; cc .5 each
+    assert seen["rr"].tolist() == pytest.approx([2.0, 0.2])
+    assert seen["rc"].tolist() == pytest.approx([1.0, -1.0])
+    assert seen["cc"].tolist() == pytest.approx([0.5, 5.0])
+    assert seen["r_a"].tolist() == pytest.approx([2.0, 0.0])
+    assert seen["r_b"].tolist() == pytest.approx([0.0, 0.2])
+    assert signals.agreement(seen) == pytest.approx(0.0)
+    assert signals.agreement(raw) == pytest.approx(0.9 / math.sqrt(2.02 * 1.0))
+
+
+def test_the_scale_of_pay() -> None:
+    # steps 1 and 2: right 1 and 1.5, wrong .5, 0, .5, 0, .5; gap 1.25 - .3
+    assert signals.pay_scale(signals.prepare(TWO_STEPS)) == pytest.approx(0.95)
+    wrong = TWO_STEPS.assign(correct=False)
+    assert signals.pay_scale(signals.prepare(wrong)) == 1.5
+    coin = TWO_STEPS.assign(reward=[1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    known = [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]  # right .333, wrong .4
+    assert signals.pay_scale(signals.prepare(coin)) == pytest.approx(np.std(known))
+
+
+def test_correlations_need_groups() -> None:
+    rows = signals.by_row(signals.prepare(with_texts(rows_of("accuracy", steps=12), "a")), "boxed")
+    sums = signals.within_group_sums(rows)
+    whole = gradient_view.agreement(sums)
+    assert whole.value == pytest.approx(1.0)
+    assert whole.n == int((sums["rr"] > 0).sum())
+    few = sums[sums["rr"] > 0].iloc[: gradient_view.MIN_GROUPS - 1]
+    assert math.isnan(gradient_view.agreement(few).value)
+    (finding,) = gradient_view.relation(few, np.arange(1, 13))
+    assert (finding.code, finding.counts) == ("agreement", False)
+    assert "not reported, 19 groups with rewards that differ (needs 20)" in finding.message
+
+
+def test_the_gradient_raises_length() -> None:
+    rows = signals.prepare(with_texts(rows_of("length", steps=12), "length"))
+    raised = gradient_view.length_slope(rows.assign(n_tokens=100 + 10 * rows["advantage"]))
+    assert (raised.value, raised.n) == (pytest.approx(1.0), 96)
+    assert math.isnan(gradient_view.length_slope(rows.drop(columns="advantage")).value)
+    (share,) = gradient_view.trained_share(
+        rows.assign(trained=rows["sample"] == 0), np.arange(1, 13)
+    )
+    assert share.counts
+    assert "trained on 0.062" in share.message
+    assert gradient_view.trained_share(rows, np.arange(1, 13)) == []
 
 
 @pytest.mark.parametrize(
@@ -246,29 +305,78 @@ def test_alpha_is_checked() -> None:
         parting.part(group_rows(np.zeros((8, 4))), alpha=0)
 
 
-# --- what a person sees ---------------------------------------------------------------------------
+# --- what the curves alone show ------------------------------------------------------------------
 
 
-def test_a_jump_of_the_loss_is_seen_and_a_rising_reward_is_not() -> None:
-    rng = np.random.default_rng(0)
-    table = pd.DataFrame(
+NOTHING = pd.DataFrame({"step": [], "reward": []})
+
+
+def curve_rows(seed: int = 0, steps: int = 60) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    return pd.DataFrame(
         {
-            "step": np.arange(1, 61),
-            "loss": rng.normal(0, 0.1, 60),
-            "grad_norm": rng.normal(0.2, 0.02, 60),
-            "proxy": np.linspace(0, 1, 60),
+            "step": np.arange(1, steps + 1),
+            "loss": rng.normal(0, 0.1, steps),
+            "grad_norm": rng.normal(0.2, 0.02, steps),
         }
     )
-    assert timeline.first_visible(table) is None
-    jump = table.assign(loss=table["loss"] + 5 * (table["step"] >= 40))
-    assert timeline.first_visible(jump) == (42, "loss")
+
+
+def reward_rows(level: np.ndarray, seed: int = 0, groups: int = 8) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    right = rng.random((len(level), groups, 16)) < np.asarray(level)[:, None, None]
+    step = np.repeat(np.arange(1, len(level) + 1), groups)
+    return pd.DataFrame({"step": step, "reward": right.mean(axis=2).ravel()})
+
+
+def test_a_step_of_the_loss_is_seen_to_either_side() -> None:
+    table = curve_rows()
+    assert curves.caught(table, NOTHING) == {}
+    for sign in (1, -1):
+        later = table.assign(loss=table["loss"] + sign * 5 * (table["step"] >= 40))
+        found = curves.caught(later, NOTHING)
+        assert list(found) == ["loss"]
+        assert 40 < found["loss"] <= 55
+    grown = table.assign(loss=np.where(table["step"] >= 6, 1e5, 1.0) * (1 + table["step"] / 60))
+    assert curves.caught(grown, NOTHING)["loss"] <= 20
     outlier = table.assign(loss=table["loss"] + 5 * (table["step"] == 40))
-    assert timeline.first_visible(outlier) is None
+    assert curves.caught(outlier, NOTHING) == {}
     smaller = table.assign(grad_norm=table["grad_norm"] * (table["step"] < 40))
-    assert timeline.first_visible(smaller) is None
-    fall = table.assign(proxy=0.5 - 0.4 * (table["step"] >= 30) + 0.01 * table["loss"])
-    assert timeline.first_visible(fall) == (32, "proxy")
-    assert timeline.first_visible(table.iloc[:0]) is None
+    assert curves.caught(smaller, NOTHING) == {}
+    larger = table.assign(grad_norm=table["grad_norm"] * (1 + table["step"] / 20))
+    assert list(curves.caught(larger, NOTHING)) == ["grad_norm"]
+    assert curves.caught(table.iloc[:0], NOTHING) == {}
+
+
+def test_a_reward_that_falls_is_seen_and_one_that_rises_is_not() -> None:
+    fall = np.concatenate([np.full(5, 0.6), np.linspace(0.6, 0.0, 40)])
+    found = curves.caught(pd.DataFrame(), reward_rows(fall))
+    assert found["reward"] <= 25
+    assert curves.first(found) == (found["reward"], "reward")
+    assert curves.caught(pd.DataFrame(), reward_rows(np.linspace(0, 1, 45))) == {}
+    assert curves.first({"loss": 9, "reward": 7}) == (7, "reward")
+
+
+def test_false_alarms_of_the_curves_stay_below_the_stated_rate() -> None:
+    count = 150
+    alarms = dict.fromkeys(curves.CURVES, 0)
+    for seed in range(count):
+        rewards = reward_rows(np.full(30, 0.4), seed, groups=3)
+        for curve in curves.caught(curve_rows(seed, 40), rewards):
+            alarms[curve] += 1
+    assert max(alarms.values()) <= 2  # at most 1 % each: 1.5 expected at the bound
+    assert sum(alarms.values()) <= 3
+
+
+def test_curves_that_follow_the_policy_show_a_hack_and_noise_does_not(hacked: list[Path]) -> None:
+    rows = runs.read_rollouts(hacked[0])
+    seen = diagnostics.diagnose_rows("r", rows, pd.DataFrame(step_rows(rows, coupling=2.0)))
+    assert seen.visible is not None
+    assert "grad_norm" in seen.curves
+    assert min(seen.curves.values()) > 25
+    unseen = diagnostics.diagnose_rows("r", rows, pd.DataFrame(step_rows(rows)))
+    assert unseen.parting == seen.parting
+    assert unseen.visible is None
 
 
 # --- verdicts -------------------------------------------------------------------------------------
@@ -284,7 +392,7 @@ def test_a_length_reward_is_hacked_and_the_loss_does_not_show_it(hacked: list[Pa
     assert {"parted", "accuracy_fell", "completion_fell", "repetition_rose"} <= codes(found)
     assert found.parting is not None
     assert found.parting == diagnostics.parting(hacked[0])
-    assert 26 <= found.parting.caught <= 31
+    assert 26 <= found.parting.caught <= 36  # a rise that matters, see UNEARNED_SHARE
     assert diagnostics.visible_in_loss(hacked[0]) is None
     assert found.examples
     for example in found.examples:
@@ -306,10 +414,10 @@ def test_a_sound_run_is_sound(sound: Path) -> None:
     ("kind", "verdict", "code"),
     [
         ("random", "SUSPECT", "unrelated"),
-        ("collapse", "SUSPECT", "accuracy_fell"),
-        ("gate", "SUSPECT", "reward_alone"),
-        ("format", "HACKED", "parted"),
-        ("judge", "HACKED", "parted"),
+        ("collapse", "COLLAPSED", "fell_together"),
+        ("gate", "SOUND", ""),
+        ("format", "SUSPECT", "parted"),
+        ("judge", "SUSPECT", "parted"),
         ("noisy", "SOUND", ""),
     ],
 )
@@ -317,6 +425,41 @@ def test_other_rewards(tmp_path: Path, kind: str, verdict: str, code: str) -> No
     found = diagnostics.diagnose(simulate(tmp_path, kind))
     assert found.verdict == verdict
     assert not code or code in codes(found)
+
+
+def test_a_bonus_for_reflection_is_hacked(tmp_path: Path) -> None:
+    found = diagnostics.diagnose(simulate(tmp_path, "reflection"))
+    assert found.verdict == "HACKED"
+    assert found.parting is not None
+    assert 26 <= found.parting.caught <= 36
+    assert found.examples
+    for example in found.examples:
+        assert example.excess > 0.5
+        assert example.text.count("wait") >= 5
+
+
+def test_a_parting_too_small_to_matter_is_sound() -> None:
+    """Wrong answers earn .02 more from step 26 on, while accuracy doubles: as a length bonus."""
+    rows = rows_of("accuracy")
+    extra = 0.02 * (~rows["correct"] & (rows["step"] > 25))
+    rows = with_texts(rows.assign(reward=rows["reward"] + extra), "sum")
+    found = diagnostics.diagnose_rows("r", rows, pd.DataFrame())
+    assert (found.verdict, found.parting) == ("SOUND", None)
+    assert found.examples == ()
+
+
+def test_a_collapse_shows_what_the_gradient_raised() -> None:
+    rows = with_texts(rows_of("collapse"), "accuracy")
+    found = diagnostics.diagnose_rows("r", rows, pd.DataFrame())
+    assert found.verdict == "COLLAPSED"
+    cut = rows.assign(stop=np.where(rows["sample"] % 2 == 0, "length", "eos"))
+    raised = cut.assign(advantage=np.where(cut["sample"] == 2, 2.0, 0.0))
+    for example in diagnostics.diagnose_rows("r", raised, pd.DataFrame()).examples:
+        assert (example.stop, example.advantage) == ("length", 2.0)
+        assert example.step > 30
+    unseen = cut.assign(advantage=0.0)
+    for example in diagnostics.diagnose_rows("r", unseen, pd.DataFrame()).examples:
+        assert (example.stop, example.advantage) == ("length", 0.0)
 
 
 def test_a_parting_that_truth_makes_good_is_suspect_only() -> None:
@@ -406,7 +549,7 @@ def test_groups_of_one_and_steps_lost_in_a_crash(tmp_path: Path) -> None:
 
 
 def test_texts_in_any_script(tmp_path: Path) -> None:
-    rows = with_texts(rows_of("length", steps=12), "length")
+    rows = with_texts(rows_of("random", steps=12), "random")
     texts = ["答案是 \U0001f600 é " + text for text in rows["text"]]
     rows["text"] = pd.Series([None, *texts[1:]], dtype=object)
     text = diagnostics.report_text(diagnose(tmp_path, rows))
@@ -427,9 +570,20 @@ def test_the_command_prints_the_report(hacked: list[Path], capsys: Any) -> None:
     out = capsys.readouterr().out
     assert out.startswith("length-s0: HACKED (60 steps with rewards, the last is 60)\n\n! parted ")
     assert "\nlength-s1: HACKED" in out
-    assert "in the curves of loss, gradient norm and reward alone: nothing" in out
+    assert "the same test on each curve alone, 1 % false alarms each: loss never, " in out
     assert "gold '12', stop: length" in out
     assert "more lines" in out
+
+
+def test_an_example_shows_both_ends(hacked: list[Path]) -> None:
+    found = diagnostics.diagnose(hacked[0])
+    text = "\n".join(f"line {i}" for i in range(10))
+    example = replace(found.examples[0], text=text, reward=0.5, excess=1.25, advantage=-0.5)
+    out = diagnostics.report_text(replace(found, examples=(example,)))
+    assert "paid 0.5, 1.25 above the lowest-paid wrong answer of the run, advantage -0.50" in out
+    shown = [line.strip() for line in out.split("\n")[-7:]]
+    expected = ["line 0", "line 1", "line 2", "… 4 more lines …", "line 7", "line 8", "line 9"]
+    assert shown == expected
 
 
 def test_a_wrong_name_lists_the_runs(
@@ -453,11 +607,13 @@ def test_the_figure_marks_the_parting(hacked: list[Path], sound: Path) -> None:
         "reward and truth parted in 2 of 2 seeds: dotted, estimated start; dashed, caught" in notes
     )
     assert theme.OVERRIDE_NOTE in notes
-    curves = {t.name: t for t in fig.data if t.fill is None}
+    drawn = {t.name: t for t in fig.data if t.fill is None}
     frames = [diagnostics.series(run) for run in hacked]
     ended = np.mean([frame["completion_ratio"] for frame in frames], axis=0)
-    assert list(curves["ended"].y) == pytest.approx(ended, abs=1e-6)
-    assert {"reward", "true accuracy", "share of length", "right answers"} <= set(curves)
+    assert list(drawn["ended"].y) == pytest.approx(ended, abs=1e-6)
+    names = {"reward", "true accuracy", "share of length", "right answers", "entropy"}
+    assert {*names, "format only"} <= set(drawn)
+    assert (drawn["reward"].line.dash, drawn["true accuracy"].line.dash) == ("solid", "dash")
     assert "mean over 2 seeds, band: their range" in fig.layout.title.subtitle.text
     json.loads(fig.to_json())
 
