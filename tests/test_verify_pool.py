@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 from rlkit import verify_pool
 from rlkit.paths import root
 from rlkit.verify import GoldError, Verdict, verify, verify_all
+from rlkit.verify_nursery import ForkError, Nursery, Pair, Worker
 from rlkit.verify_pool import Judged, Pool
 
 BOMB = "10^{10^{10}}"
@@ -39,12 +41,12 @@ def pool(shared: Pool, monkeypatch: pytest.MonkeyPatch) -> Pool:
     return shared
 
 
-def asked(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> list[verify_pool.Pair]:
+def asked(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> list[Pair]:
     """A list that fills with the pairs that reach the processes."""
-    seen: list[verify_pool.Pair] = []
+    seen: list[Pair] = []
     judge = pool.judge
 
-    def noted(pairs: list[verify_pool.Pair]) -> list[Judged]:
+    def noted(pairs: list[Pair]) -> list[Judged]:
         seen.extend(pairs)
         return judge(pairs)
 
@@ -52,7 +54,7 @@ def asked(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> list[verify_pool.Pair]
     return seen
 
 
-def verdicts(pool: Pool, *pairs: verify_pool.Pair) -> list[str]:
+def verdicts(pool: Pool, *pairs: Pair) -> list[str]:
     return [judged.verdict for judged in pool.judge(pairs)]
 
 
@@ -135,7 +137,7 @@ def test_a_time_out_is_kept_only_if_the_expression_had_its_cpu_time(
 ) -> None:
     calls: list[object] = []
 
-    def judge(pairs: list[verify_pool.Pair]) -> list[Judged]:
+    def judge(pairs: list[Pair]) -> list[Judged]:
         calls.append(pairs)
         return [Judged("timeout", lasting)] * len(pairs)
 
@@ -149,13 +151,13 @@ def test_a_time_out_is_kept_only_if_the_expression_had_its_cpu_time(
 def test_cpu_time_decides_whether_a_time_out_lasts(
     cpu: float, lasting: bool, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end = verify_pool._Nursery.end
+    end = Nursery.end
 
-    def ended(self: verify_pool._Nursery, worker: verify_pool._Worker) -> float:
+    def ended(self: Nursery, worker: Worker) -> float:
         end(self, worker)
         return cpu
 
-    monkeypatch.setattr(verify_pool._Nursery, "end", ended)
+    monkeypatch.setattr(Nursery, "end", ended)
     assert pool.judge([("x^7+1", BOMB)]) == [Judged("timeout", lasting)]
 
 
@@ -192,14 +194,14 @@ def test_a_worker_that_grew_large_is_replaced(pool: Pool, monkeypatch: pytest.Mo
     assert pool.forked - before == 3
 
 
-def in_background(pool: Pool, *pairs: verify_pool.Pair) -> tuple[threading.Thread, list[Judged]]:
+def in_background(pool: Pool, *pairs: Pair) -> tuple[threading.Thread, list[Judged]]:
     found: list[Judged] = []
     thread = threading.Thread(target=lambda: found.extend(pool.judge(pairs)))
     thread.start()
     return thread, found
 
 
-def busy(pool: Pool) -> list[verify_pool._Worker]:
+def busy(pool: Pool) -> list[Worker]:
     return [worker for worker in list(pool._all) if worker not in pool._idle]
 
 
@@ -345,6 +347,116 @@ def child(code: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root()
     )
+
+
+@pytest.fixture
+def small() -> Iterator[Pool]:
+    """A pool of one worker, which is idle, with a nursery of its own."""
+    pool = Pool(workers=1, seconds=30.0)
+    assert verdicts(pool, ("x", "x")) == ["right"]
+    yield pool
+    pool.close()
+
+
+def test_a_start_that_fails_kills_the_group_before_its_number_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    killpg, communicate = os.killpg, subprocess.Popen.communicate
+
+    def noted_kill(group: int, number: int) -> None:
+        calls.append("killpg")
+        killpg(group, number)
+
+    def noted_wait(self: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+        calls.append("communicate")
+        return communicate(self)
+
+    monkeypatch.setattr(os, "killpg", noted_kill)
+    monkeypatch.setattr(subprocess.Popen, "communicate", noted_wait)
+    broken = tmp_path / "_verify_worker.py"
+    broken.write_text("raise ImportError('nothing here')")
+    with pytest.raises(RuntimeError, match="nothing here"):
+        Nursery(broken)
+    assert calls == ["killpg", "communicate"]
+
+
+def test_a_host_without_sockets_kills_no_worker(
+    small: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nursery, idle = small._nursery, list(small._idle)
+
+    def none_left() -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verify_pool.socket, "socketpair", none_left)
+        with pytest.raises(RuntimeError, match=r"Too many open files.*ulimit"):
+            small._take(small._epoch, fresh=True)
+    assert (small._nursery, small._idle) == (nursery, idle)
+    assert runs(idle[0].pid)
+    assert verdicts(small, ("x", "y")) == ["wrong"]
+
+
+def test_a_nursery_that_cannot_fork_says_so_and_lives_on(
+    small: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_process(*_: object) -> Worker:
+        raise ForkError("Resource temporarily unavailable")
+
+    nursery = small._nursery
+    with monkeypatch.context() as patch:
+        patch.setattr(Nursery, "fork", no_process)
+        with pytest.raises(RuntimeError, match=r"temporarily unavailable.*ulimit"):
+            small._take(small._epoch, fresh=True)
+    assert small._nursery is nursery
+    assert verdicts(small, ("x", "y")) == ["wrong"]
+
+
+def test_the_nursery_replies_the_error_of_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlkit import _verify_worker
+
+    def no_process() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", no_process)
+    monkeypatch.setattr(os, "killpg", lambda *_: None)  # it would be the group of the tests
+    ours, theirs = socket.socketpair()
+    channel, other = socket.socketpair()
+    with ours, theirs, channel, other:
+        socket.send_fds(ours, [b"fork\n"], [other.fileno()])
+        ours.shutdown(socket.SHUT_WR)
+        _verify_worker.nurse(theirs, lambda gold, answer: "right", os.getppid())
+        assert ours.recv(64) == b"-11\n"
+
+
+@pytest.mark.parametrize("error", [OSError(11, "no process"), ValueError("not a number")])
+def test_a_new_nursery_that_fails_too_is_a_runtime_error(
+    error: Exception, small: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> Worker:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Nursery, "fork", fails)
+        with pytest.raises(RuntimeError, match=str(error.args[-1])):
+            small._take(small._epoch, fresh=True)
+    assert (small._nursery, small._idle, small._all) == (None, [], set())
+    assert verdicts(small, ("x", "y")) == ["wrong"]
+
+
+def test_a_nursery_that_answers_late_is_given_up(
+    small: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reply would be taken for that of the next worker."""
+    assert small._nursery is not None
+    first = small._nursery
+    worker = small._take(small._epoch, fresh=False)
+    os.kill(first.process.pid, signal.SIGSTOP)
+    first.control.settimeout(0.05)
+    assert small._give(worker, keep=False) == 0.0
+    assert small._nursery is None and first.process.poll() == -signal.SIGKILL
+    assert verdicts(small, ("x", "y")) == ["wrong"]
 
 
 def test_importing_is_light_and_no_process_outlives_the_caller() -> None:
