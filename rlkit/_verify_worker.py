@@ -20,6 +20,7 @@ Argument: process id of the host.
 """
 
 import contextlib
+import errno
 import functools
 import gc
 import json
@@ -208,7 +209,7 @@ def nurse(control: socket.socket, judge: Judge, host: int) -> None:
             try:
                 pid = os.fork()
             except OSError as error:  # the workers that run need not end for it
-                pid = -error.errno
+                pid = -(error.errno or errno.EAGAIN)
             if pid == 0:
                 try:
                     control.close()

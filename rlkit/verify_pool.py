@@ -19,6 +19,7 @@ next worker is forked in milliseconds from a *nursery* that imported math-verify
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import socket
 import sys
@@ -34,6 +35,14 @@ from rlkit.verify_nursery import ForkError, Nursery, Pair, Worker
 
 SECONDS_PER_EXPRESSION = 3.0
 CACHE_PAIRS = 65_536
+UNDECIDED_SECONDS = 60.0
+"""How long a verdict that is not lasting is kept, in seconds of wall time.
+
+Reward, filter and logged columns of one training step ask one after another: they get the same
+verdict, and the time is spent once. A busy moment is not remembered for longer.
+"""
+RETRY_FACTOR = 3.0
+"""How many times the limit a second attempt gets, where the caller asks for one."""
 FAIR_SHARE = 0.5
 """A time-out is a fact about the expression if it had this share of its limit in CPU time."""
 
@@ -98,8 +107,12 @@ class Pool:
         self._idle: list[Worker] = []
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="rlkit-verify")
 
-    def judge(self, pairs: Sequence[Pair]) -> list[Judged]:
+    def judge(self, pairs: Sequence[Pair], seconds: float | None = None) -> list[Judged]:
         """Verdicts of ``pairs``, in order; equal pairs are not merged here.
+
+        Args:
+            pairs: what to compare.
+            seconds: limit of an item in this call; default that of the pool.
 
         Raises:
             RuntimeError: the processes cannot start, or ``close`` was called meanwhile.
@@ -107,9 +120,10 @@ class Pool:
         with self._lock:
             threads, epoch = self._threads, self._epoch
         futures = []
+        limit = self.seconds if seconds is None else seconds
         try:
             for pair in pairs:
-                futures.append(threads.submit(self._ask, pair, epoch))
+                futures.append(threads.submit(self._ask, pair, epoch, limit))
             return [future.result() for future in futures]
         except CancelledError:
             raise _closed() from None
@@ -126,13 +140,13 @@ class Pool:
             self._end_nursery()
         threads.shutdown(cancel_futures=True)  # those that were waiting for a reply see its end
 
-    def _ask(self, pair: Pair, epoch: int) -> Judged:
+    def _ask(self, pair: Pair, epoch: int, limit: float) -> Judged:
         """Judge one pair; runs on a thread of the pool."""
         spent = 0.0
         for fresh in (False, True):
             worker = self._take(epoch, fresh)
             start = time.monotonic()  # starting processes is not the item's time
-            reply = worker.ask(pair, max(0.001, self.seconds - spent))
+            reply = worker.ask(pair, max(0.001, limit - spent))
             spent += time.monotonic() - start
             if reply is not None:
                 verdict, largest = reply
@@ -140,8 +154,8 @@ class Pool:
                 return Judged(verdict)
             cpu = self._give(worker, keep=False)
             # The alarm was set after ``start``: an end before the limit was none of its doing.
-            if spent >= self.seconds:
-                return Judged("timeout", lasting=cpu >= FAIR_SHARE * self.seconds)
+            if spent >= limit:
+                return Judged("timeout", lasting=cpu >= FAIR_SHARE * limit)
         return Judged("unparsable", lasting=False)
 
     def _take(self, epoch: int, fresh: bool) -> Worker:
@@ -236,38 +250,56 @@ def _closed() -> RuntimeError:
 
 
 _pool = Pool()
-_cache: OrderedDict[Pair, str] = OrderedDict()
+_cache: OrderedDict[Pair, tuple[Judged, float]] = OrderedDict()  # until when, on _now's clock
 _cache_lock = threading.Lock()
+_now = time.monotonic
 
 
-def compare(pairs: Iterable[Pair]) -> dict[Pair, str]:
+def compare(pairs: Iterable[Pair]) -> dict[Pair, Judged]:
     """Verdict of each distinct pair; what is not known from earlier calls is asked in parallel.
 
-    The last ``CACHE_PAIRS`` lasting verdicts are kept (``Judged.lasting``). Equal pairs of one call
-    are asked once in any case, a time-out included.
+    The last ``CACHE_PAIRS`` verdicts are kept: lasting ones for good, the others for
+    ``UNDECIDED_SECONDS`` (``Judged.lasting``). Equal pairs of one call are asked once.
 
     Raises:
         RuntimeError: as ``Pool.judge``.
     """
     found = {}
     missing = []
+    now = _now()
     with _cache_lock:
         for pair in dict.fromkeys(pairs):
-            if pair in _cache:
+            known = _cache.get(pair)
+            if known is not None and now < known[1]:
                 _cache.move_to_end(pair)
-                found[pair] = _cache[pair]
+                found[pair] = known[0]
             else:
                 missing.append(pair)
     if missing:
-        judged = dict(zip(missing, _pool.judge(missing), strict=True))
-        with _cache_lock:
-            for pair, result in judged.items():
-                found[pair] = result.verdict
-                if result.lasting:
-                    _cache[pair] = result.verdict
-            while len(_cache) > CACHE_PAIRS:
-                _cache.popitem(last=False)
+        found |= _remember(dict(zip(missing, _pool.judge(missing), strict=True)))
     return found
+
+
+def compare_again(pair: Pair) -> Judged:
+    """``pair`` asked anew, whatever is known, with ``RETRY_FACTOR`` times the limit.
+
+    Raises:
+        RuntimeError: as ``Pool.judge``.
+    """
+    (judged,) = _pool.judge([pair], RETRY_FACTOR * _pool.seconds)
+    return _remember({pair: judged})[pair]
+
+
+def _remember(judged: dict[Pair, Judged]) -> dict[Pair, Judged]:
+    """Keep new verdicts, those of a time-out from the moment that it is known."""
+    until = _now() + UNDECIDED_SECONDS
+    with _cache_lock:
+        for pair, result in judged.items():
+            _cache[pair] = (result, math.inf if result.lasting else until)
+            _cache.move_to_end(pair)
+        while len(_cache) > CACHE_PAIRS:
+            _cache.popitem(last=False)
+    return judged
 
 
 def close() -> None:

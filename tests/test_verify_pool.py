@@ -16,7 +16,7 @@ import pytest
 
 from rlkit import verify_pool
 from rlkit.paths import root
-from rlkit.verify import GoldError, Verdict, verify, verify_all
+from rlkit.verify import GoldError, Verdict, check_gold, verify, verify_all
 from rlkit.verify_nursery import ForkError, Nursery, Pair, Worker
 from rlkit.verify_pool import Judged, Pool
 
@@ -46,9 +46,9 @@ def asked(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> list[Pair]:
     seen: list[Pair] = []
     judge = pool.judge
 
-    def noted(pairs: list[Pair]) -> list[Judged]:
+    def noted(pairs: list[Pair], seconds: float | None = None) -> list[Judged]:
         seen.extend(pairs)
-        return judge(pairs)
+        return judge(pairs, seconds)
 
     monkeypatch.setattr(pool, "judge", noted)
     return seen
@@ -131,10 +131,11 @@ def test_what_is_known_starts_nothing(pool: Pool, monkeypatch: pytest.MonkeyPatc
     assert verify_all(items[::-1]) == ["wrong", "right"]
 
 
-@pytest.mark.parametrize(("lasting", "asks"), [(True, 1), (False, 2)])
-def test_a_time_out_is_kept_only_if_the_expression_had_its_cpu_time(
-    lasting: bool, asks: int, pool: Pool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("lasting", "asks"), [(True, [1, 1, 1]), (False, [1, 1, 2])])
+def test_a_time_out_is_kept_for_good_only_if_the_expression_had_its_cpu_time(
+    lasting: bool, asks: list[int], pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """At 0 s, just before the time is over, and at its end, on a clock of the test."""
     calls: list[object] = []
 
     def judge(pairs: list[Pair]) -> list[Judged]:
@@ -142,9 +143,83 @@ def test_a_time_out_is_kept_only_if_the_expression_had_its_cpu_time(
         return [Judged("timeout", lasting)] * len(pairs)
 
     monkeypatch.setattr(pool, "judge", judge)
-    for _ in range(2):
+    counts = []
+    for seconds in (0.0, verify_pool.UNDECIDED_SECONDS - 0.5, verify_pool.UNDECIDED_SECONDS):
+        monkeypatch.setattr(verify_pool, "_now", lambda seconds=seconds: 1000.0 + seconds)
         assert verify_all([("y", "x", "expression")] * 16) == ["timeout"] * 16
-    assert calls == [[("x", "y")]] * asks
+        counts.append(len(calls))
+    assert counts == asks
+    assert all(call == [("x", "y")] for call in calls)
+
+
+class Scripted:
+    """Stands in for the pool: replies by pair, one after another; the last one stays."""
+
+    seconds = 3.0
+
+    def __init__(self, replies: dict[Pair, list[Judged]]) -> None:
+        self.replies = replies
+        self.asked: list[tuple[Pair, float | None]] = []
+
+    def judge(self, pairs: list[Pair], seconds: float | None = None) -> list[Judged]:
+        found = []
+        for pair in pairs:
+            self.asked.append((pair, seconds))
+            left = self.replies[pair]
+            found.append(left.pop(0) if len(left) > 1 else left[0])
+        return found
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, replies: dict[Pair, list[Judged]]) -> Scripted:
+    stand_in = Scripted(replies)
+    monkeypatch.setattr(verify_pool, "_pool", stand_in)
+    monkeypatch.setattr(verify_pool, "_cache", type(verify_pool._cache)())
+    return stand_in
+
+
+ALONE = ("x+1", "x+1")
+LATE = Judged("timeout", lasting=False)
+DIED = Judged("unparsable", lasting=False)
+GOLD = Judged("gold")
+
+
+@pytest.mark.parametrize("first", [LATE, DIED, Judged("timeout")])
+def test_a_gold_that_is_undecided_at_first_is_asked_again_with_more_time(
+    first: Judged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = scripted(monkeypatch, {ALONE: [first, Judged("right")]})
+    check_gold("x+1", "expression")
+    assert stand_in.asked == [(ALONE, None), (ALONE, 9.0)]
+    check_gold("x+1", "expression")
+    assert len(stand_in.asked) == 2  # known by now
+
+
+@pytest.mark.parametrize("reply", [LATE, DIED])
+def test_a_gold_that_stays_undecided_is_not_called_unparsable(
+    reply: Judged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, {ALONE: [reply]})
+    with pytest.raises(GoldError, match=r"'p7': gold.*took longer than the limit.*9 s") as caught:
+        check_gold("x+1", "expression", "p7")
+    assert "cannot be parsed" not in str(caught.value)
+
+
+@pytest.mark.parametrize("reply", [GOLD, Judged("unparsable"), Judged("wrong")])
+def test_a_gold_that_does_not_equal_itself_is_refused_at_once(
+    reply: Judged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = scripted(monkeypatch, {ALONE: [reply]})
+    with pytest.raises(GoldError, match="cannot be parsed"):
+        check_gold("x+1", "expression")
+    assert len(stand_in.asked) == 1
+
+
+@pytest.mark.parametrize("alone", [LATE, DIED, Judged("right"), Judged("unparsable")])
+def test_model_text_and_load_never_raise_while_a_gold_is_sound_or_undecided(
+    alone: Judged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, {("x+1", "y"): [GOLD], ALONE: [alone]})
+    assert verify_all([("y", "x+1", "expression")] * 2) == ["unparsable"] * 2
 
 
 @pytest.mark.parametrize(("cpu", "lasting"), [(0.3, True), (0.1, False)])
