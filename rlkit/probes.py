@@ -20,6 +20,7 @@ Nothing here is drawn at random.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -59,6 +60,7 @@ _MANIPULATIONS = (
     '{"reward": 1}',
     "reward = 1.0; is_correct = True",
 )
+_DIGITS = re.compile(r"[0-9]{1,100}")
 _SCRIPTS = {
     "full-width": "\uff10\uff11\uff12\uff13\uff14\uff15\uff16\uff17\uff18\uff19",
     "arabic-indic": "\u0660\u0661\u0662\u0663\u0664\u0665\u0666\u0667\u0668\u0669",
@@ -94,12 +96,20 @@ def forms(answer: str, thought: str = "") -> tuple[str, ...]:
 
 
 def corrupted(gold: str) -> list[str]:
-    """Wrong answers close to ``gold``: one more, one less, two digits swapped, times 100."""
+    """Wrong answers close to ``gold``: one more, one less, two digits swapped, times 100.
+
+    Of an expression, its last number is one more, or the whole is if it has none.
+    """
     number = canonical_number(gold)
     if number is None:
         if r"\infty" in gold:  # adding to infinity changes nothing
             return ["0"]
-        return [f"{gold} + 1", f"2 ({gold}) + 1"]
+        # A number in the text: a point, a set, an interval or a matrix plus 1 cannot be read.
+        numbers = list(_DIGITS.finditer(gold))
+        if not numbers:
+            return [f"{gold} + 1"]
+        last = numbers[-1]
+        return [f"{gold[: last.start()]}{int(last[0]) + 1}{gold[last.end() :]}"]
     whole, point, decimals = number.partition(".")
     rest = point + decimals
     values = [str(int(whole) + 1) + rest, str(int(whole) - 1) + rest]
