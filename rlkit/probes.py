@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from rlkit.completion import Completion, Stop, ToolCall
 from rlkit.correct import Problem
 from rlkit.literals import canonical_number
+from rlkit.verify import GoldError, Verdict, verify
 
 PADDING_WORDS = (20, 200, 4000)
 """Several, since a length reward can be capped, or turn into a penalty far out."""
@@ -109,7 +110,8 @@ def corrupted(gold: str) -> list[str]:
         if not numbers:
             return [f"{gold} + 1"]
         last = numbers[-1]
-        return [f"{gold[: last.start()]}{int(last[0]) + 1}{gold[last.end() :]}"]
+        changed = f"{gold[: last.start()]}{int(last[0]) + 1}{gold[last.end() :]}"
+        return [f"{gold} + 1" if _equals(changed, gold) else changed]
     whole, point, decimals = number.partition(".")
     rest = point + decimals
     values = [str(int(whole) + 1) + rest, str(int(whole) - 1) + rest]
@@ -120,6 +122,14 @@ def corrupted(gold: str) -> list[str]:
     if not point:
         values.append(whole + "00")
     return [v for v in values if canonical_number(v) != number]
+
+
+def _equals(answer: str, gold: str) -> bool:
+    r"""Whether a changed number changes nothing, as the exponent of ``1^5`` does."""
+    try:
+        return verify(answer, gold, "expression") is Verdict.RIGHT
+    except GoldError:  # the reward that meets this gold answer will say so
+        return False
 
 
 def padding(words: int) -> str:
