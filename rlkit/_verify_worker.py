@@ -7,7 +7,8 @@ The nursery imports math-verify once and warms it up, so that a worker is forked
 It has one thread. It reads commands from the socket on descriptor 0 and ends, with its whole
 process group, when the other side closes it or when the host is no longer its parent:
 
-- ``fork``, with a socket attached: fork a worker that serves this socket; reply its process id;
+- ``fork``, with a socket attached: fork a worker that serves this socket; reply its process id,
+  or minus the error number if there is no process left;
 - ``end <process id>``: kill that worker if it still runs; reply the CPU seconds that it had.
 
 A worker reads lines ``[seconds, gold, answer]`` in JSON and answers each with a line of three
@@ -19,6 +20,7 @@ Argument: process id of the host.
 """
 
 import contextlib
+import errno
 import functools
 import gc
 import json
@@ -204,7 +206,10 @@ def nurse(control: socket.socket, judge: Judge, host: int) -> None:
         if not message:
             break
         if descriptors:
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as error:  # the workers that run need not end for it
+                pid = -(error.errno or errno.EAGAIN)
             if pid == 0:
                 try:
                     control.close()

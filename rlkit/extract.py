@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import re
 
+from rlkit.literals import MAX_ANSWER_CHARS
+
 _BOX = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _NESTED_BOX = re.compile(r"\s*\\boxed\s*\{")
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
@@ -33,9 +35,11 @@ Span = tuple[int, int]
 def boxes(text: str) -> list[str]:
     r"""Contents of every closed ``\boxed{}``, stripped, in order of opening; nested ones count.
 
-    Boxes in code blocks and before the last output block do not.
+    Boxes in code blocks and before the last output block do not. Contents longer than
+    ``MAX_ANSWER_CHARS`` are cut one behind it, which no comparison accepts: those of n nested boxes
+    would take memory in n squared.
     """
-    return [part[start:end].strip() for part in _own_parts(text) for start, end in _box_spans(part)]
+    return [_content(part, span) for part in _own_parts(text) for span in _box_spans(part)]
 
 
 def extract_answer(final: str) -> str | None:
@@ -130,6 +134,14 @@ def _outer_boxes(text: str) -> list[str]:
         wrapped = (start, end)
         found.append(wrapped)
     return [text[start:end].strip() for start, end in found]
+
+
+def _content(text: str, span: Span) -> str:
+    """The stripped content, up to ``MAX_ANSWER_CHARS`` and one; never a copy of all of it."""
+    start, end = span
+    while start < end and text[start].isspace():
+        start += 1
+    return text[start : min(end, start + MAX_ANSWER_CHARS + 1)].rstrip()
 
 
 def _holds_only(text: str, outer: Span, inner: Span) -> bool:

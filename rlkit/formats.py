@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
 from rlkit.completion import THINK_CLOSE, THINK_OPEN, Completion
@@ -11,7 +10,7 @@ from rlkit.extract import boxes
 FormatName = Literal["boxed", "zero", "none"]
 
 _TAGS = (THINK_OPEN, THINK_CLOSE, "<answer>", "</answer>")
-_END_TOKENS = re.compile(r"(?:<\|endoftext\|>|<\|im_end\|>|\s)+\Z")
+_END_TOKENS = ("<|endoftext|>", "<|im_end|>")
 
 
 def boxed_format(completion: Completion) -> bool:
@@ -27,8 +26,7 @@ def boxed_format(completion: Completion) -> bool:
     if opened and not text.startswith(THINK_OPEN):
         return False
     final = text.rpartition(THINK_CLOSE)[2]
-    contents = boxes(final)
-    return final.count(r"\boxed") == 1 and len(contents) == 1 and bool(contents[0])
+    return final.count(r"\boxed") == 1 and any(boxes(final))
 
 
 def zero_format(completion: Completion) -> bool:
@@ -38,7 +36,7 @@ def zero_format(completion: Completion) -> bool:
     tokens and space aside; (3) holds each of the four tags exactly once, in order; (4) has
     non-empty reasoning and answer; (5) has only space between ``</think>`` and ``<answer>``.
     """
-    text = _END_TOKENS.sub("", completion.text).lstrip()
+    text = _without_end(completion.text).lstrip()
     if any(text.count(tag) != 1 for tag in _TAGS):
         return False
     starts = [text.index(tag) for tag in _TAGS]
@@ -49,6 +47,18 @@ def zero_format(completion: Completion) -> bool:
         text[end:start] for end, start in zip(ends[:3], starts[1:], strict=True)
     )
     return bool(reasoning.strip()) and not gap.strip() and bool(answer.strip())
+
+
+def _without_end(text: str) -> str:
+    """``text`` without the end tokens and space behind it; linear time, whatever the text."""
+    end = len(text)
+    while True:
+        while end and text[end - 1].isspace():
+            end -= 1
+        token = next((t for t in _END_TOKENS if text.endswith(t, 0, end)), None)
+        if token is None:
+            return text[:end]
+        end -= len(token)
 
 
 def well_formed(completion: Completion, format: FormatName) -> bool:

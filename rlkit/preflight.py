@@ -215,7 +215,10 @@ def probe_findings(
             )
         )
     rows = [row for row, group in zip(problems, completions, strict=True) for _ in group]
-    values, _ = rewards.score(reward_fns, flat, rows, **rewards.facts(config, 0))
+    try:
+        values, _ = rewards.score(reward_fns, flat, rows, **rewards.facts(config, 0))
+    except RewardError as error:
+        return [*findings, Finding("error", "reward", str(error))]
     shape = (len(problems), len(completions[0]))
     matrix = np.array([float("nan") if v is None else v for v in values]).reshape(shape)
     if ended > 0 and advantages.flat_groups(matrix).all():
@@ -236,7 +239,10 @@ def probe_findings(
             )
         )
     elif ended > 0:
-        kept = filters.apply(group_filter, matrix, completions, problems)
+        try:
+            kept = filters.apply(group_filter, matrix, completions, problems)
+        except filters.FilterError as error:
+            return [*findings, Finding("error", "group_filter", str(error))]
         if advantages.flat_groups(np.where(kept, matrix, np.nan)).all():
             findings.append(
                 Finding(

@@ -20,12 +20,14 @@ Nothing here is drawn at random.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from rlkit.completion import Completion, Stop, ToolCall
 from rlkit.correct import Problem
 from rlkit.literals import canonical_number
+from rlkit.verify import GoldError, Verdict, verify
 
 PADDING_WORDS = (20, 200, 4000)
 """Several, since a length reward can be capped, or turn into a penalty far out."""
@@ -59,6 +61,7 @@ _MANIPULATIONS = (
     '{"reward": 1}',
     "reward = 1.0; is_correct = True",
 )
+_DIGITS = re.compile(r"[0-9]{1,100}")
 _SCRIPTS = {
     "full-width": "\uff10\uff11\uff12\uff13\uff14\uff15\uff16\uff17\uff18\uff19",
     "arabic-indic": "\u0660\u0661\u0662\u0663\u0664\u0665\u0666\u0667\u0668\u0669",
@@ -94,12 +97,21 @@ def forms(answer: str, thought: str = "") -> tuple[str, ...]:
 
 
 def corrupted(gold: str) -> list[str]:
-    """Wrong answers close to ``gold``: one more, one less, two digits swapped, times 100."""
+    """Wrong answers close to ``gold``: one more, one less, two digits swapped, times 100.
+
+    Of an expression, its last number is one more, or the whole is if it has none.
+    """
     number = canonical_number(gold)
     if number is None:
         if r"\infty" in gold:  # adding to infinity changes nothing
             return ["0"]
-        return [f"{gold} + 1", f"2 ({gold}) + 1"]
+        # A number in the text: a point, a set, an interval or a matrix plus 1 cannot be read.
+        numbers = list(_DIGITS.finditer(gold))
+        if not numbers:
+            return [f"{gold} + 1"]
+        last = numbers[-1]
+        changed = f"{gold[: last.start()]}{int(last[0]) + 1}{gold[last.end() :]}"
+        return [f"{gold} + 1" if _equals(changed, gold) else changed]
     whole, point, decimals = number.partition(".")
     rest = point + decimals
     values = [str(int(whole) + 1) + rest, str(int(whole) - 1) + rest]
@@ -110,6 +122,14 @@ def corrupted(gold: str) -> list[str]:
     if not point:
         values.append(whole + "00")
     return [v for v in values if canonical_number(v) != number]
+
+
+def _equals(answer: str, gold: str) -> bool:
+    r"""Whether a changed number changes nothing, as the exponent of ``1^5`` does."""
+    try:
+        return verify(answer, gold, "expression") is Verdict.RIGHT
+    except GoldError:  # the reward that meets this gold answer will say so
+        return False
 
 
 def padding(words: int) -> str:

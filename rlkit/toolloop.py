@@ -28,7 +28,9 @@ class Resume:
 
     Attributes:
         row: its number.
-        ids: forced tokens, appended with loss mask 0; those beyond the token budget are cut.
+        ids: forced tokens, appended with loss mask 0; those beyond the token budget are cut. Runs
+            of three backticks in a tool's output have to be replaced before it is encoded: they
+            could close its own fence, and a text cannot tell who wrote it (docs/verification.md).
         call: the execution to record, None if nothing ran. The engine fills in its ``span``.
         stop: None to go on; otherwise the row ends after ``ids``: ``calls`` when its tool calls are
             used up, ``infra`` when the machinery failed.

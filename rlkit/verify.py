@@ -27,6 +27,7 @@ from rlkit.literals import (
     settle,
     words_of_gold,
 )
+from rlkit.verify_nursery import Pair
 
 ANSWER_TYPES = ("integer", "expression")
 
@@ -41,7 +42,7 @@ class Verdict(StrEnum):
 
 
 class GoldError(ValueError):
-    """A gold answer that cannot be parsed; no response could ever be right."""
+    """A gold answer that cannot be parsed, or not in time; no response could ever be right."""
 
 
 def verify(answer: str | None, gold: str, answer_type: str) -> Verdict:
@@ -65,8 +66,11 @@ def verify_all(items: Sequence[tuple[str | None, str, str]]) -> list[Verdict]:
     """Decide many items at once: (answer, gold, answer type) as ``verify`` takes them.
 
     Expressions are compared in parallel, each distinct pair once. A time-out holds for all items of
-    the call; later calls ask again unless the expression had its share of CPU time
-    (``verify_pool.FAIR_SHARE``), so that a busy moment is not remembered as a wrong answer.
+    the call, and for later calls too if the expression had its share of CPU time
+    (``verify_pool.FAIR_SHARE``). Otherwise it holds for ``verify_pool.UNDECIDED_SECONDS``: the
+    parts of one training step agree, and a busy moment is not remembered for longer.
+
+    A gold answer that is not decided in time raises nothing here: a busy machine is no fault of it.
 
     Returns:
         One verdict per item, in order.
@@ -77,19 +81,21 @@ def verify_all(items: Sequence[tuple[str | None, str, str]]) -> list[Verdict]:
     decided = [_decide(*item) for item in items]
     found = verify_pool.compare(pair for pair in decided if not isinstance(pair, Verdict))
     verdicts = []
-    for pair, (_, gold, answer_type) in zip(decided, items, strict=True):
+    for pair, (_, gold, _) in zip(decided, items, strict=True):
         if isinstance(pair, Verdict):
             verdicts.append(pair)
-        elif found[pair] == "gold":
-            check_gold(gold, answer_type)
-            # Sound by itself, not as it was worded next to this answer.
+        elif found[pair].verdict == "gold":
+            alone = _with_itself(gold)
+            if verify_pool.compare([alone])[alone].verdict == "gold":
+                raise _not_parsed(gold, "G")
+            # Sound by itself or undecided, not as it was worded next to this answer.
             verdicts.append(Verdict.UNPARSABLE)
         else:
-            verdicts.append(Verdict(found[pair]))
+            verdicts.append(Verdict(found[pair].verdict))
     return verdicts
 
 
-def _decide(answer: str | None, gold: str, answer_type: str) -> Verdict | verify_pool.Pair:
+def _decide(answer: str | None, gold: str, answer_type: str) -> Verdict | Pair:
     """The verdict where it takes no mathematics, else the pair of texts to compare."""
     if answer_type not in ANSWER_TYPES:
         raise ValueError(f"answer_type={answer_type!r}: expected one of {', '.join(ANSWER_TYPES)}")
@@ -110,7 +116,11 @@ def _decide(answer: str | None, gold: str, answer_type: str) -> Verdict | verify
 
 
 def check_gold(gold: str, answer_type: str, problem_id: str = "") -> None:
-    """Raise GoldError, with the problem's id and the fix, if ``gold`` cannot be parsed."""
+    """Raise GoldError, with the problem's id and the fix, if ``gold`` cannot be parsed.
+
+    What is not decided in time is asked once more, with ``verify_pool.RETRY_FACTOR`` times the
+    limit. If that is in vain too, the error says so: then the machine may be to blame.
+    """
     where = f"Problem {problem_id!r}: g" if problem_id else "G"
     if answer_type not in ANSWER_TYPES:
         raise ValueError(
@@ -125,9 +135,30 @@ def check_gold(gold: str, answer_type: str, problem_id: str = "") -> None:
                 "answer_type to 'expression'."
             )
     elif number is None and words_of_gold(gold) is None:
-        pair = (for_parser(gold), for_parser(gold))
-        if verify_pool.compare([pair])[pair] != Verdict.RIGHT:
-            raise GoldError(
-                f"{where}old answer {gold!r} cannot be parsed as a mathematical expression. Write "
-                "it as LaTeX without text around it, or remove the problem."
-            )
+        pair = _with_itself(gold)
+        judged = verify_pool.compare([pair])[pair]
+        if judged.verdict == Verdict.TIMEOUT or not judged.lasting:
+            judged = verify_pool.compare_again(pair)
+            if judged.verdict == Verdict.TIMEOUT or not judged.lasting:
+                seconds = verify_pool.RETRY_FACTOR * verify_pool.SECONDS_PER_EXPRESSION
+                raise GoldError(
+                    f"{where}old answer {gold!r} took longer than the limit, or its process was "
+                    f"ended, in two attempts (the second with {seconds:g} s). If the machine is "
+                    "busy or short of memory, try again later. Otherwise write the answer in a "
+                    "simpler form, or remove the problem."
+                )
+        if judged.verdict != Verdict.RIGHT:
+            raise _not_parsed(gold, where)
+
+
+def _with_itself(gold: str) -> Pair:
+    """The pair that asks whether ``gold`` can be parsed."""
+    text = for_parser(gold)
+    return text, text
+
+
+def _not_parsed(gold: str, where: str) -> GoldError:
+    return GoldError(
+        f"{where}old answer {gold!r} cannot be parsed as a mathematical expression. Write "
+        "it as LaTeX without text around it, or remove the problem."
+    )

@@ -3,7 +3,8 @@
 math-verify's own limit uses ``signal.alarm``: it works on the main thread only and does not stop C
 code. Here every item runs in a worker process that the kernel ends when its time is over, and the
 next worker is forked in milliseconds from a *nursery* that imported math-verify once
-(``_verify_worker.py``). Nothing starts before the first item.
+(``verify_nursery``,
+``_verify_worker.py``). Nothing starts before the first item.
 
 - The limit is wall time from the moment an item is handed to a worker; waiting in the queue does
   not count.
@@ -18,12 +19,9 @@ next worker is forked in milliseconds from a *nursery* that imported math-verify
 from __future__ import annotations
 
 import atexit
-import contextlib
-import json
+import math
 import os
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -33,19 +31,23 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlkit.verify_nursery import ForkError, Nursery, Pair, Worker
+
 SECONDS_PER_EXPRESSION = 3.0
 CACHE_PAIRS = 65_536
+UNDECIDED_SECONDS = 60.0
+"""How long a verdict that is not lasting is kept, in seconds of wall time.
+
+Reward, filter and logged columns of one training step ask one after another: they get the same
+verdict, and the time is spent once. A busy moment is not remembered for longer.
+"""
+RETRY_FACTOR = 3.0
+"""How many times the limit a second attempt gets, where the caller asks for one."""
 FAIR_SHARE = 0.5
 """A time-out is a fact about the expression if it had this share of its limit in CPU time."""
 
 _NURSERY_FILE = Path(__file__).with_name("_verify_worker.py")
-_STARTUP_SECONDS = 120.0
-_CONTROL_SECONDS = 30.0
-_GRACE_SECONDS = 1.0  # the kernel's alarm comes first; a stopped process does not feel it
 _RETIRE_KIB = 2**20
-
-Pair = tuple[str, str]
-"""Gold and answer; the gold with itself asks whether it can be parsed."""
 
 
 @dataclass(frozen=True)
@@ -66,101 +68,6 @@ def usable_cores() -> int:
     if sys.platform == "linux":
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
-
-
-@dataclass(eq=False)
-class _Worker:
-    """One forked process; ``cpu`` seconds are as of its last reply."""
-
-    nursery: _Nursery
-    channel: socket.socket
-    pid: int
-    cpu: float = 0.0
-
-    def ask(self, pair: Pair, seconds: float) -> tuple[str, int] | None:
-        """Verdict and largest memory in KiB; None if it died or did not answer in time."""
-        deadline = time.monotonic() + seconds + _GRACE_SECONDS
-        reply = b""
-        try:
-            self.channel.settimeout(seconds + _GRACE_SECONDS)
-            self.channel.sendall(json.dumps([seconds, *pair]).encode() + b"\n")
-            while not reply.endswith(b"\n"):
-                self.channel.settimeout(max(0.001, deadline - time.monotonic()))
-                part = self.channel.recv(256)
-                if not part:
-                    return None
-                reply += part
-        except OSError:
-            return None
-        verdict, cpu, largest = reply.split()
-        self.cpu = float(cpu)
-        return verdict.decode(), int(largest)
-
-
-class _Nursery:
-    """The process that forks workers. Its owner holds a lock around every call."""
-
-    def __init__(self, file: Path) -> None:
-        self.control, theirs = socket.socketpair()
-        # -P: the package folder must not shadow top-level modules in the child. An own session
-        # keeps Ctrl-C in a notebook away from it, and makes one group of all workers.
-        command = [sys.executable, "-P", str(file), str(os.getpid())]
-        try:
-            with theirs:
-                self.process = subprocess.Popen(
-                    command,
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    start_new_session=True,
-                )
-        except BaseException:
-            self.control.close()
-            raise
-        self.control.settimeout(_STARTUP_SECONDS)
-        try:
-            ready = self.control.recv(64)
-        except OSError:
-            ready = b""
-        if ready != b"ready\n":
-            self.process.kill()
-            _, error = self.process.communicate()
-            self.kill()
-            lines = error.decode(errors="replace").strip().splitlines() or ["no message"]
-            raise RuntimeError(
-                f"The process that compares expressions did not start: {lines[-1]}. It needs the "
-                "package math-verify (pip install math-verify[antlr4_13_2])."
-            )
-        assert self.process.stderr is not None
-        self.process.stderr.close()
-        self.control.settimeout(_CONTROL_SECONDS)
-
-    def fork(self) -> _Worker:
-        """A new worker; OSError or ValueError if the nursery is gone."""
-        ours, theirs = socket.socketpair()
-        try:
-            with theirs:
-                socket.send_fds(self.control, [b"fork\n"], [theirs.fileno()])
-                return _Worker(self, ours, int(self.control.recv(64)))
-        except BaseException:
-            ours.close()
-            raise
-
-    def end(self, worker: _Worker) -> float:
-        """Kill ``worker``; CPU seconds since its last reply, 0 if the nursery is gone."""
-        try:
-            self.control.sendall(b"end %d\n" % worker.pid)
-            return float(self.control.recv(64)) - worker.cpu
-        except (OSError, ValueError):
-            return 0.0
-
-    def kill(self) -> None:
-        """End the nursery and all its workers."""
-        # Before it is waited for: until then its number, which names the group, is not given away.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.control.close()
 
 
 class Pool:
@@ -195,13 +102,17 @@ class Pool:
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._nursery: _Nursery | None = None
-        self._all: set[_Worker] = set()
-        self._idle: list[_Worker] = []
+        self._nursery: Nursery | None = None
+        self._all: set[Worker] = set()
+        self._idle: list[Worker] = []
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="rlkit-verify")
 
-    def judge(self, pairs: Sequence[Pair]) -> list[Judged]:
+    def judge(self, pairs: Sequence[Pair], seconds: float | None = None) -> list[Judged]:
         """Verdicts of ``pairs``, in order; equal pairs are not merged here.
+
+        Args:
+            pairs: what to compare.
+            seconds: limit of an item in this call; default that of the pool.
 
         Raises:
             RuntimeError: the processes cannot start, or ``close`` was called meanwhile.
@@ -209,9 +120,10 @@ class Pool:
         with self._lock:
             threads, epoch = self._threads, self._epoch
         futures = []
+        limit = self.seconds if seconds is None else seconds
         try:
             for pair in pairs:
-                futures.append(threads.submit(self._ask, pair, epoch))
+                futures.append(threads.submit(self._ask, pair, epoch, limit))
             return [future.result() for future in futures]
         except CancelledError:
             raise _closed() from None
@@ -223,23 +135,18 @@ class Pool:
         """End all processes and threads; the next item starts new ones."""
         with self._lock:
             self._epoch += 1
-            threads, nursery, idle = self._threads, self._nursery, self._idle
+            threads = self._threads
             self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="rlkit-verify")
-            self._nursery, self._idle = None, []
-            if nursery is not None:
-                nursery.kill()
-            for worker in idle:
-                worker.channel.close()
-                self._all.discard(worker)
+            self._end_nursery()
         threads.shutdown(cancel_futures=True)  # those that were waiting for a reply see its end
 
-    def _ask(self, pair: Pair, epoch: int) -> Judged:
+    def _ask(self, pair: Pair, epoch: int, limit: float) -> Judged:
         """Judge one pair; runs on a thread of the pool."""
         spent = 0.0
         for fresh in (False, True):
             worker = self._take(epoch, fresh)
             start = time.monotonic()  # starting processes is not the item's time
-            reply = worker.ask(pair, max(0.001, self.seconds - spent))
+            reply = worker.ask(pair, max(0.001, limit - spent))
             spent += time.monotonic() - start
             if reply is not None:
                 verdict, largest = reply
@@ -247,11 +154,11 @@ class Pool:
                 return Judged(verdict)
             cpu = self._give(worker, keep=False)
             # The alarm was set after ``start``: an end before the limit was none of its doing.
-            if spent >= self.seconds:
-                return Judged("timeout", lasting=cpu >= FAIR_SHARE * self.seconds)
+            if spent >= limit:
+                return Judged("timeout", lasting=cpu >= FAIR_SHARE * limit)
         return Judged("unparsable", lasting=False)
 
-    def _take(self, epoch: int, fresh: bool) -> _Worker:
+    def _take(self, epoch: int, fresh: bool) -> Worker:
         """An idle worker or a new one, surely a new one if ``fresh``."""
         with self._lock:
             if epoch != self._epoch:
@@ -263,28 +170,62 @@ class Pool:
             self.forked += 1
             return worker
 
-    def _fork(self) -> _Worker:
-        if self._nursery is not None:
-            with contextlib.suppress(OSError, ValueError):
-                return self._nursery.fork()
-            # Somebody killed it. Its workers end too: an item under way is tried again.
-            self._nursery.kill()
-            for worker in self._idle:
-                worker.channel.close()
-            self._all.difference_update(self._idle)
-            self._idle, self._nursery = [], None
-        self._nursery = _Nursery(self._file)
-        return self._nursery.fork()
+    def _fork(self) -> Worker:
+        """A new worker, from a new nursery if there is none or it does not answer."""
+        try:
+            # Here, so that a lack of sockets in this process is not blamed on the nursery.
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise _no_worker(error) from error
+        try:
+            with theirs:
+                if self._nursery is not None:
+                    try:
+                        return self._nursery.fork(ours, theirs)
+                    except (OSError, ValueError):
+                        self._end_nursery()  # somebody killed it
+                self._nursery = Nursery(self._file)
+                try:
+                    return self._nursery.fork(ours, theirs)
+                except (OSError, ValueError):
+                    self._end_nursery()
+                    raise
+        except BaseException as error:
+            ours.close()
+            if isinstance(error, (OSError, ValueError, ForkError)):
+                raise _no_worker(error) from error
+            raise
 
-    def _give(self, worker: _Worker, keep: bool) -> float:
-        """Take ``worker`` back; CPU seconds since its last reply if it is not kept."""
+    def _give(self, worker: Worker, keep: bool) -> float:
+        """Take ``worker`` back; CPU seconds since its last reply if it is not kept.
+
+        0 if the nursery is gone, or is given up because it does not answer.
+        """
         with self._lock:
-            if keep and worker.nursery is self._nursery:
+            current = worker.nursery is self._nursery
+            if keep and current:
                 self._idle.append(worker)
                 return 0.0
             worker.channel.close()
             self._all.discard(worker)
-            return worker.nursery.end(worker)
+            try:
+                return worker.nursery.end(worker)
+            except (OSError, ValueError):
+                if current:
+                    self._end_nursery()
+                return 0.0
+
+    def _end_nursery(self) -> None:
+        """Kill the nursery, if any, and its workers; items under way are tried again.
+
+        The caller holds the lock.
+        """
+        if self._nursery is not None:
+            self._nursery.kill()
+        for worker in self._idle:
+            worker.channel.close()
+        self._all.difference_update(self._idle)
+        self._idle, self._nursery = [], None
 
     def _forget(self) -> None:
         """In a forked copy: close what belongs to the original, which goes on using it."""
@@ -296,43 +237,69 @@ class Pool:
         self._reset()
 
 
+def _no_worker(error: Exception) -> RuntimeError:
+    return RuntimeError(
+        f"No process to compare expressions could be started: {error}. The machine or the account "
+        "is out of processes or open files: end other programs, or raise the limits (ulimit -u, "
+        "ulimit -n)."
+    )
+
+
 def _closed() -> RuntimeError:
     return RuntimeError("The pool was closed while expressions were being compared. Ask again.")
 
 
 _pool = Pool()
-_cache: OrderedDict[Pair, str] = OrderedDict()
+_cache: OrderedDict[Pair, tuple[Judged, float]] = OrderedDict()  # until when, on _now's clock
 _cache_lock = threading.Lock()
+_now = time.monotonic
 
 
-def compare(pairs: Iterable[Pair]) -> dict[Pair, str]:
+def compare(pairs: Iterable[Pair]) -> dict[Pair, Judged]:
     """Verdict of each distinct pair; what is not known from earlier calls is asked in parallel.
 
-    The last ``CACHE_PAIRS`` lasting verdicts are kept (``Judged.lasting``). Equal pairs of one call
-    are asked once in any case, a time-out included.
+    The last ``CACHE_PAIRS`` verdicts are kept: lasting ones for good, the others for
+    ``UNDECIDED_SECONDS`` (``Judged.lasting``). Equal pairs of one call are asked once.
 
     Raises:
         RuntimeError: as ``Pool.judge``.
     """
     found = {}
     missing = []
+    now = _now()
     with _cache_lock:
         for pair in dict.fromkeys(pairs):
-            if pair in _cache:
+            known = _cache.get(pair)
+            if known is not None and now < known[1]:
                 _cache.move_to_end(pair)
-                found[pair] = _cache[pair]
+                found[pair] = known[0]
             else:
                 missing.append(pair)
     if missing:
-        judged = dict(zip(missing, _pool.judge(missing), strict=True))
-        with _cache_lock:
-            for pair, result in judged.items():
-                found[pair] = result.verdict
-                if result.lasting:
-                    _cache[pair] = result.verdict
-            while len(_cache) > CACHE_PAIRS:
-                _cache.popitem(last=False)
+        found |= _remember(dict(zip(missing, _pool.judge(missing), strict=True)))
     return found
+
+
+def compare_again(pair: Pair) -> Judged:
+    """``pair`` asked anew, whatever is known, with ``RETRY_FACTOR`` times the limit.
+
+    Raises:
+        RuntimeError: as ``Pool.judge``.
+    """
+    (judged,) = _pool.judge([pair], RETRY_FACTOR * _pool.seconds)
+    return _remember({pair: judged})[pair]
+
+
+def _remember(judged: dict[Pair, Judged]) -> dict[Pair, Judged]:
+    """Keep new verdicts, those of a time-out from the moment that it is known."""
+    until = _now() + UNDECIDED_SECONDS
+    with _cache_lock:
+        for pair, result in judged.items():
+            _cache[pair] = (result, math.inf if result.lasting else until)
+            _cache.move_to_end(pair)
+        while len(_cache) > CACHE_PAIRS:
+            _cache.popitem(last=False)
+    return judged
 
 
 def close() -> None:

@@ -159,3 +159,20 @@ def test_a_filter_that_leaves_nothing_to_compare_is_a_warning() -> None:
     [finding] = findings(right_only)
     assert (finding.level, finding.check) == ("warning", "group_filter")
     assert "group_filter='qs'" in finding.message and "50% of completions kept" in finding.message
+
+
+def test_a_reward_or_filter_that_breaks_on_real_samples_is_an_error_finding() -> None:
+    cfg = config(group_filter="qs")
+    rows = [[right(row), wrong(row)] for row in PROBLEMS]
+
+    def short(completions: Any, problems: Any, /, **info: Any) -> list[float | None]:
+        return [1.0]
+
+    def numbers(values: Any, completions: Any, problems: Any) -> Any:
+        return values
+
+    (found,) = preflight.probe_findings(cfg, PROBLEMS, rows, [("mine", short, 1.0)])
+    assert (found.level, found.check) == ("error", "reward")
+    (found,) = preflight.probe_findings(cfg, PROBLEMS, rows, rewards.build(cfg.reward), numbers)
+    assert (found.level, found.check) == ("error", "group_filter")
+    assert "expected a bool array" in found.message

@@ -4,6 +4,7 @@ import pytest
 
 from rlkit import verify_pool
 from rlkit.extract import boxes, extract_answer, other_answers
+from rlkit.formats import _without_end
 from rlkit.literals import MAX_ANSWER_CHARS, canonical_number
 from rlkit.verify import GoldError, Verdict, check_gold, verify
 
@@ -316,3 +317,22 @@ def test_good_gold_answers_pass():
         check_gold(gold, "expression", "p")
         assert verify(gold, gold, "expression") is Verdict.RIGHT
     assert issubclass(GoldError, ValueError)
+
+
+def test_ten_thousand_nested_boxes_take_linear_memory():
+    depth = 10_000
+    text = r"\boxed{" * depth + "5" + "}" * depth
+    assert extract_answer(text) == "5"
+    found = boxes(text)
+    assert len(found) == depth and found[-1] == "5" and found[-2] == r"\boxed{5}"
+    assert max(map(len, found)) == MAX_ANSWER_CHARS + 1
+    mixed = r"\boxed{x " * depth + "5" + "}" * depth
+    assert other_answers(mixed) == []
+    assert len(extract_answer(mixed)) == len(mixed) - len(r"\boxed{}")
+
+
+def test_end_tokens_and_space_are_taken_off_the_end_alone():
+    ends = " <|im_end|>\n<|endoftext|> " * 2000
+    assert _without_end("a <|im_end|> b" + ends) == "a <|im_end|> b"
+    assert _without_end("<think>" + " " * 100_000 + "x") == "<think>" + " " * 100_000 + "x"
+    assert _without_end(ends) == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,8 @@ import pytest
 
 from rlkit import verify_pool
 from rlkit.paths import root
-from rlkit.verify import GoldError, Verdict, verify, verify_all
+from rlkit.verify import GoldError, Verdict, check_gold, verify, verify_all
+from rlkit.verify_nursery import ForkError, Nursery, Pair, Worker
 from rlkit.verify_pool import Judged, Pool
 
 BOMB = "10^{10^{10}}"
@@ -39,20 +41,20 @@ def pool(shared: Pool, monkeypatch: pytest.MonkeyPatch) -> Pool:
     return shared
 
 
-def asked(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> list[verify_pool.Pair]:
+def asked(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> list[Pair]:
     """A list that fills with the pairs that reach the processes."""
-    seen: list[verify_pool.Pair] = []
+    seen: list[Pair] = []
     judge = pool.judge
 
-    def noted(pairs: list[verify_pool.Pair]) -> list[Judged]:
+    def noted(pairs: list[Pair], seconds: float | None = None) -> list[Judged]:
         seen.extend(pairs)
-        return judge(pairs)
+        return judge(pairs, seconds)
 
     monkeypatch.setattr(pool, "judge", noted)
     return seen
 
 
-def verdicts(pool: Pool, *pairs: verify_pool.Pair) -> list[str]:
+def verdicts(pool: Pool, *pairs: Pair) -> list[str]:
     return [judged.verdict for judged in pool.judge(pairs)]
 
 
@@ -129,33 +131,108 @@ def test_what_is_known_starts_nothing(pool: Pool, monkeypatch: pytest.MonkeyPatc
     assert verify_all(items[::-1]) == ["wrong", "right"]
 
 
-@pytest.mark.parametrize(("lasting", "asks"), [(True, 1), (False, 2)])
-def test_a_time_out_is_kept_only_if_the_expression_had_its_cpu_time(
-    lasting: bool, asks: int, pool: Pool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("lasting", "asks"), [(True, [1, 1, 1]), (False, [1, 1, 2])])
+def test_a_time_out_is_kept_for_good_only_if_the_expression_had_its_cpu_time(
+    lasting: bool, asks: list[int], pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """At 0 s, just before the time is over, and at its end, on a clock of the test."""
     calls: list[object] = []
 
-    def judge(pairs: list[verify_pool.Pair]) -> list[Judged]:
+    def judge(pairs: list[Pair]) -> list[Judged]:
         calls.append(pairs)
         return [Judged("timeout", lasting)] * len(pairs)
 
     monkeypatch.setattr(pool, "judge", judge)
-    for _ in range(2):
+    counts = []
+    for seconds in (0.0, verify_pool.UNDECIDED_SECONDS - 0.5, verify_pool.UNDECIDED_SECONDS):
+        monkeypatch.setattr(verify_pool, "_now", lambda seconds=seconds: 1000.0 + seconds)
         assert verify_all([("y", "x", "expression")] * 16) == ["timeout"] * 16
-    assert calls == [[("x", "y")]] * asks
+        counts.append(len(calls))
+    assert counts == asks
+    assert all(call == [("x", "y")] for call in calls)
+
+
+class Scripted:
+    """Stands in for the pool: replies by pair, one after another; the last one stays."""
+
+    seconds = 3.0
+
+    def __init__(self, replies: dict[Pair, list[Judged]]) -> None:
+        self.replies = replies
+        self.asked: list[tuple[Pair, float | None]] = []
+
+    def judge(self, pairs: list[Pair], seconds: float | None = None) -> list[Judged]:
+        found = []
+        for pair in pairs:
+            self.asked.append((pair, seconds))
+            left = self.replies[pair]
+            found.append(left.pop(0) if len(left) > 1 else left[0])
+        return found
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, replies: dict[Pair, list[Judged]]) -> Scripted:
+    stand_in = Scripted(replies)
+    monkeypatch.setattr(verify_pool, "_pool", stand_in)
+    monkeypatch.setattr(verify_pool, "_cache", type(verify_pool._cache)())
+    return stand_in
+
+
+ALONE = ("x+1", "x+1")
+LATE = Judged("timeout", lasting=False)
+DIED = Judged("unparsable", lasting=False)
+GOLD = Judged("gold")
+
+
+@pytest.mark.parametrize("first", [LATE, DIED, Judged("timeout")])
+def test_a_gold_that_is_undecided_at_first_is_asked_again_with_more_time(
+    first: Judged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = scripted(monkeypatch, {ALONE: [first, Judged("right")]})
+    check_gold("x+1", "expression")
+    assert stand_in.asked == [(ALONE, None), (ALONE, 9.0)]
+    check_gold("x+1", "expression")
+    assert len(stand_in.asked) == 2  # known by now
+
+
+@pytest.mark.parametrize("reply", [LATE, DIED])
+def test_a_gold_that_stays_undecided_is_not_called_unparsable(
+    reply: Judged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, {ALONE: [reply]})
+    with pytest.raises(GoldError, match=r"'p7': gold.*took longer than the limit.*9 s") as caught:
+        check_gold("x+1", "expression", "p7")
+    assert "cannot be parsed" not in str(caught.value)
+
+
+@pytest.mark.parametrize("reply", [GOLD, Judged("unparsable"), Judged("wrong")])
+def test_a_gold_that_does_not_equal_itself_is_refused_at_once(
+    reply: Judged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = scripted(monkeypatch, {ALONE: [reply]})
+    with pytest.raises(GoldError, match="cannot be parsed"):
+        check_gold("x+1", "expression")
+    assert len(stand_in.asked) == 1
+
+
+@pytest.mark.parametrize("alone", [LATE, DIED, Judged("right"), Judged("unparsable")])
+def test_model_text_and_load_never_raise_while_a_gold_is_sound_or_undecided(
+    alone: Judged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, {("x+1", "y"): [GOLD], ALONE: [alone]})
+    assert verify_all([("y", "x+1", "expression")] * 2) == ["unparsable"] * 2
 
 
 @pytest.mark.parametrize(("cpu", "lasting"), [(0.3, True), (0.1, False)])
 def test_cpu_time_decides_whether_a_time_out_lasts(
     cpu: float, lasting: bool, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end = verify_pool._Nursery.end
+    end = Nursery.end
 
-    def ended(self: verify_pool._Nursery, worker: verify_pool._Worker) -> float:
+    def ended(self: Nursery, worker: Worker) -> float:
         end(self, worker)
         return cpu
 
-    monkeypatch.setattr(verify_pool._Nursery, "end", ended)
+    monkeypatch.setattr(Nursery, "end", ended)
     assert pool.judge([("x^7+1", BOMB)]) == [Judged("timeout", lasting)]
 
 
@@ -192,14 +269,14 @@ def test_a_worker_that_grew_large_is_replaced(pool: Pool, monkeypatch: pytest.Mo
     assert pool.forked - before == 3
 
 
-def in_background(pool: Pool, *pairs: verify_pool.Pair) -> tuple[threading.Thread, list[Judged]]:
+def in_background(pool: Pool, *pairs: Pair) -> tuple[threading.Thread, list[Judged]]:
     found: list[Judged] = []
     thread = threading.Thread(target=lambda: found.extend(pool.judge(pairs)))
     thread.start()
     return thread, found
 
 
-def busy(pool: Pool) -> list[verify_pool._Worker]:
+def busy(pool: Pool) -> list[Worker]:
     return [worker for worker in list(pool._all) if worker not in pool._idle]
 
 
@@ -345,6 +422,116 @@ def child(code: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root()
     )
+
+
+@pytest.fixture
+def small() -> Iterator[Pool]:
+    """A pool of one worker, which is idle, with a nursery of its own."""
+    pool = Pool(workers=1, seconds=30.0)
+    assert verdicts(pool, ("x", "x")) == ["right"]
+    yield pool
+    pool.close()
+
+
+def test_a_start_that_fails_kills_the_group_before_its_number_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    killpg, communicate = os.killpg, subprocess.Popen.communicate
+
+    def noted_kill(group: int, number: int) -> None:
+        calls.append("killpg")
+        killpg(group, number)
+
+    def noted_wait(self: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+        calls.append("communicate")
+        return communicate(self)
+
+    monkeypatch.setattr(os, "killpg", noted_kill)
+    monkeypatch.setattr(subprocess.Popen, "communicate", noted_wait)
+    broken = tmp_path / "_verify_worker.py"
+    broken.write_text("raise ImportError('nothing here')")
+    with pytest.raises(RuntimeError, match="nothing here"):
+        Nursery(broken)
+    assert calls == ["killpg", "communicate"]
+
+
+def test_a_host_without_sockets_kills_no_worker(
+    small: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nursery, idle = small._nursery, list(small._idle)
+
+    def none_left() -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verify_pool.socket, "socketpair", none_left)
+        with pytest.raises(RuntimeError, match=r"Too many open files.*ulimit"):
+            small._take(small._epoch, fresh=True)
+    assert (small._nursery, small._idle) == (nursery, idle)
+    assert runs(idle[0].pid)
+    assert verdicts(small, ("x", "y")) == ["wrong"]
+
+
+def test_a_nursery_that_cannot_fork_says_so_and_lives_on(
+    small: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_process(*_: object) -> Worker:
+        raise ForkError("Resource temporarily unavailable")
+
+    nursery = small._nursery
+    with monkeypatch.context() as patch:
+        patch.setattr(Nursery, "fork", no_process)
+        with pytest.raises(RuntimeError, match=r"temporarily unavailable.*ulimit"):
+            small._take(small._epoch, fresh=True)
+    assert small._nursery is nursery
+    assert verdicts(small, ("x", "y")) == ["wrong"]
+
+
+def test_the_nursery_replies_the_error_of_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlkit import _verify_worker
+
+    def no_process() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", no_process)
+    monkeypatch.setattr(os, "killpg", lambda *_: None)  # it would be the group of the tests
+    ours, theirs = socket.socketpair()
+    channel, other = socket.socketpair()
+    with ours, theirs, channel, other:
+        socket.send_fds(ours, [b"fork\n"], [other.fileno()])
+        ours.shutdown(socket.SHUT_WR)
+        _verify_worker.nurse(theirs, lambda gold, answer: "right", os.getppid())
+        assert ours.recv(64) == b"-11\n"
+
+
+@pytest.mark.parametrize("error", [OSError(11, "no process"), ValueError("not a number")])
+def test_a_new_nursery_that_fails_too_is_a_runtime_error(
+    error: Exception, small: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> Worker:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Nursery, "fork", fails)
+        with pytest.raises(RuntimeError, match=str(error.args[-1])):
+            small._take(small._epoch, fresh=True)
+    assert (small._nursery, small._idle, small._all) == (None, [], set())
+    assert verdicts(small, ("x", "y")) == ["wrong"]
+
+
+def test_a_nursery_that_answers_late_is_given_up(
+    small: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reply would be taken for that of the next worker."""
+    assert small._nursery is not None
+    first = small._nursery
+    worker = small._take(small._epoch, fresh=False)
+    os.kill(first.process.pid, signal.SIGSTOP)
+    first.control.settimeout(0.05)
+    assert small._give(worker, keep=False) == 0.0
+    assert small._nursery is None and first.process.poll() == -signal.SIGKILL
+    assert verdicts(small, ("x", "y")) == ["wrong"]
 
 
 def test_importing_is_light_and_no_process_outlives_the_caller() -> None:
