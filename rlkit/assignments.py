@@ -40,7 +40,7 @@ def align(gold: str, answer: str) -> tuple[str, str] | None:
     if list(known) != sorted(known):
         return None
     other = answer if named is None else gold
-    values = _values(other)
+    values = None if other.startswith(r"\{") else _values(other)  # a set has no order
     if values is None or len(values) != len(known):
         return None
     points = _point(list(known.values())), _point(values)

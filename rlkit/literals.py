@@ -64,7 +64,7 @@ _LAST_TEXT = re.compile(
 )
 _NO_UNIT = re.compile(r"\b(?:or|and|not|no|is|if|at|than|more|less|but|about|approx)\b")
 _LAST_LETTERS = re.compile(r"(?<=[0-9}\s])((?!i\s*\Z)[a-z]{1,3})\s*\Z")
-_DROPPED = re.compile(r"\\[lcv]?dots|\.\.\.|\\[pb]?mod|\\approx|\\sim|'")
+_DROPPED = re.compile(r"\\[lcv]?dots|\.\.\.|\\[pb]?mod|\\approx|\\sim|[0-9}]\\circ|'")
 """What math-verify leaves out without a word: "5 \\mod 7" and "5, \\ldots" would be 5."""
 _TIME = re.compile(r"[0-9]{1,2}:[0-5][0-9]")
 _BOMB = re.compile(r"!{3}|\^\{?\s*[0-9]{5}|\^\s*\{[^{}]*\^\s*\{[^{}]*\^\s*\{[^{}]*\^")

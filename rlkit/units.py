@@ -23,8 +23,8 @@ _UNITS = frozenset(
     fl fluid tablespoon teaspoon mg g gram kg kilogram ton tonne lb lbs pound
     s sec second ms min minute h hr hour day week month year decade century centuries am pm old
     cent dollar usd euro pound yuan rupee ruble peso pence penny pennies nickel dime quarter coin
-    degree deg rad radian c f k celsius fahrenheit kelvin mph kph kmh per hz hertz
-    n newton j joule kj w watt kw v volt a amp ampere ohm pa pascal atm mol mole rpm bit byte
+    degree deg rad radian celsius fahrenheit kelvin mph kph kmh per hz hertz
+    newton joule kj watt kw volt amp ampere ohm pa pascal atm mol mole rpm bit byte
     people person student boy girl man men woman women child children adult player team member
     way time point vote vertex vertices side edge face triangle rectangle circle diagonal line
     number integer solution root term digit set subset pair arrangement permutation combination
@@ -38,8 +38,8 @@ _UNITS = frozenset(
 """Singular or irregular forms, in small letters. A word may have an s or es behind it."""
 _SCALES = frozenset(
     """half hundred hundredth thousand thousandth million millionth billion billionth trillion
-    dozen score tenth lakh crore k squared cubed factorial""".split()
-) - {"k"}
+    dozen score tenth lakh crore squared cubed factorial""".split()
+)
 """Words that change the value: both answers have them or none."""
 _FUNCTIONS = frozenset(
     """sqrt frac dfrac tfrac sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln exp
@@ -47,7 +47,7 @@ _FUNCTIONS = frozenset(
     and or""".split()
 )
 _GROUP = re.compile(rf"{STYLE}\s*+\{{([^{{}}]*+)\}}")
-_COMMAND = re.compile(r"\\[A-Za-z]+")
+_COMMAND = re.compile(r"\\(?:begin|end)\{[a-z]*\*?\}|\\[A-Za-z]+")
 _PLAIN_WORD = re.compile(r"[A-Za-z]{4,}|\b(?:to|not|but|if|at|no|is)\b")
 _QUANTITY = re.compile(r"[0-9)}\]%]|(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
 _TEXT_WORDS = re.compile(r"[A-Za-z .,/-]*")
@@ -90,7 +90,10 @@ def reads_as_units(answer: str, gold: str) -> bool:
     for group in _GROUP.finditer(answer):
         if not _TEXT_WORDS.fullmatch(group[1]):
             return False
-        words += _split(group[1])
+        found = _split(group[1])
+        if group.end() == len(answer) and not _FUNCTIONS.isdisjoint(found):
+            return False
+        words += found
     rest = _GROUP.sub(" ", answer)
     if re.search(STYLE, rest):
         return False  # braces inside, or none at all: no plain words
