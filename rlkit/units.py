@@ -15,9 +15,7 @@ STYLE = (
 )
 """Commands that set their one argument in text or in another font, as a pattern."""
 
-_UNITS = frozenset(
-    # lengths, areas, volumes, masses
-    """mm cm dm m km in inch ft foot feet yd yard mi mile mm millimeter centimeter decimeter meter
+_UNIT_LIST = """mm cm dm m km in inch ft foot feet yd yard mi mile mm millimeter centimeter decimeter meter
     kilometer millimetre centimetre metre kilometre nm micrometer nanometer unit square sq cubic cu
     acre hectare ha ml cl dl l liter litre milliliter millilitre gallon gal quart pint cup ounce oz
     fl fluid tablespoon teaspoon mg g gram kg kilogram ton tonne lb lbs pound
@@ -27,25 +25,23 @@ _UNITS = frozenset(
     newton joule kj watt kw volt amp ampere ohm pa pascal atm mol mole rpm bit byte
     people person student boy girl man men woman women child children adult player team member
     way time point vote vertex vertices side edge face triangle rectangle circle diagonal line
-    number integer solution root term digit set subset pair arrangement permutation combination
+    solution term set subset pair arrangement permutation combination
     outcome path route step move game match matches page book word letter item object piece part
-    ball marble card tile block cube box boxes bag car bus buses bike wheel train trip lap ticket
+    ball marble card tile block box boxes bag car bus buses bike wheel train trip lap ticket
     apple orange banana pear peach cookie cake candy candies egg flower tree plant seed fish dog cat
     cow horse sheep goose geese duck chicken rabbit bird pen pencil chair table shirt sock shoe
     house room floor stair worker job song film movie
-    long wide tall high deep of the each""".split()
-)
+    long wide tall high deep of the each"""
+_UNITS = frozenset(_UNIT_LIST.split())
 """Singular or irregular forms, in small letters. A word may have an s or es behind it."""
-_SCALES = frozenset(
-    """half hundred hundredth thousand thousandth million millionth billion billionth trillion
-    dozen score tenth lakh crore squared cubed factorial""".split()
-)
+_SCALE_LIST = """half hundred hundredth thousand thousandth million millionth billion billionth trillion
+    dozen score tenth lakh crore squared cubed factorial"""
+_SCALES = frozenset(_SCALE_LIST.split())
 """Words that change the value: both answers have them or none."""
-_FUNCTIONS = frozenset(
-    """sqrt frac dfrac tfrac sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln exp
+_FUNCTION_LIST = """sqrt frac dfrac tfrac sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln exp
     lcm gcd max min det deg pi theta alpha beta gamma delta lambda infty cdot times left right
-    and or""".split()
-)
+    and or"""
+_FUNCTIONS = frozenset(_FUNCTION_LIST.split())
 _GROUP = re.compile(rf"{STYLE}\s*+\{{([^{{}}]*+)\}}")
 _COMMAND = re.compile(r"\\(?:begin|end)\{[a-z]*\*?\}|\\[A-Za-z]+")
 _PLAIN_WORD = re.compile(r"[A-Za-z]{4,}|\b(?:to|not|but|if|at|no|is)\b")
