@@ -15,7 +15,8 @@ STYLE = (
 )
 """Commands that set their one argument in text or in another font, as a pattern."""
 
-_UNIT_LIST = """mm cm dm m km in inch ft foot feet yd yard mi mile mm millimeter centimeter decimeter meter
+_UNIT_LIST = """
+    mm cm dm m km in inch ft foot feet yd yard mi mile mm millimeter centimeter decimeter meter
     kilometer millimetre centimetre metre kilometre nm micrometer nanometer unit square sq cubic cu
     acre hectare ha ml cl dl l liter litre milliliter millilitre gallon gal quart pint cup ounce oz
     fl fluid tablespoon teaspoon mg g gram kg kilogram ton tonne lb lbs pound
@@ -34,11 +35,13 @@ _UNIT_LIST = """mm cm dm m km in inch ft foot feet yd yard mi mile mm millimeter
     long wide tall high deep of the each"""
 _UNITS = frozenset(_UNIT_LIST.split())
 """Singular or irregular forms, in small letters. A word may have an s or es behind it."""
-_SCALE_LIST = """half hundred hundredth thousand thousandth million millionth billion billionth trillion
+_SCALE_LIST = """
+    half hundred hundredth thousand thousandth million millionth billion billionth trillion
     dozen score tenth lakh crore squared cubed factorial"""
 _SCALES = frozenset(_SCALE_LIST.split())
 """Words that change the value: both answers have them or none."""
-_FUNCTION_LIST = """sqrt frac dfrac tfrac sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln exp
+_FUNCTION_LIST = """
+    sqrt frac dfrac tfrac sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln exp
     lcm gcd max min det deg pi theta alpha beta gamma delta lambda infty cdot times left right
     and or"""
 _FUNCTIONS = frozenset(_FUNCTION_LIST.split())
