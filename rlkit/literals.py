@@ -11,19 +11,27 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from rlkit.units import STYLE, has_unit, percent_sign, scale, unit
+
 MAX_ANSWER_CHARS = 1000
 """Longer answers are unparsable: no gold comes near, and parsers are superlinear."""
 _MAX_EXPONENT = 400
 """Powers of ten beyond this are left to the parser and its time limit."""
 
 _NUMBER = re.compile(r"([+-]?)\s*([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.([0-9]*))?")
-_THOUSANDS = re.compile(r"\{,\}|,\\!\s*|\\,")
-_WRAPPED = re.compile(
-    r"\$\$(.*)\$\$|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}",
-    re.DOTALL,
+_SEPARATOR = r"(?:\{,\}|,\\!\s*+|\\,)"
+_THOUSANDS = re.compile(
+    rf"(?<![0-9.,}}!])[0-9]{{1,3}}(?:{_SEPARATOR}[0-9]{{3}})++(?!{_SEPARATOR}?[0-9])"
 )
-_SPACE = r"(?:\s|~|\\[,;:! ]|\\q?quad(?![A-Za-z]))+"
-_OUTER_SPACE = re.compile(rf"\A{_SPACE}|(?<!\\){_SPACE}\Z")
+"""Digits in groups of three alone: 1{,}5 is 1.5 to some and (1, 5) to others, never 15."""
+_WRAPPED = re.compile(
+    rf"\$\$(.*)\$\$|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]|{STYLE}\s*\{{([^{{}}]*)\}}", re.DOTALL
+)
+_SPACE = r"(?:\s|~|\\[,;:! ]|\\q?quad(?![A-Za-z]))++"
+_LEADING_SPACE = re.compile(_SPACE)
+# Run by run from the left, so that no run is tried again from each of its characters.
+_SPACE_OR_ESCAPE = re.compile(rf"(?P<space>{_SPACE})|\\.", re.DOTALL)
+_BEFORE_FRACTION = re.compile(rf"(?<=[0-9]){_SPACE}(?=[0-9]++\s*+/|\\[dt]?frac)")
 
 # A number without its sign as TeX and plain text write it.
 _WHOLE = r"[0-9]+"
@@ -34,7 +42,7 @@ _FRACTION = (
     rf"|(?P<f>{_WHOLE})\s*/\s*(?P<g>-?{_WHOLE}))"
 )
 _RATIONAL = re.compile(
-    rf"(?P<sign>[+-]?)\s*(?:(?P<whole>{_WHOLE}(?=\\|\s))?\s*{_FRACTION}"
+    rf"(?P<sign>[+-]?)\s*+(?:(?P<whole>{_WHOLE}(?=\\|\s))?\s*{_FRACTION}"
     rf"|(?P<decimal>{_DECIMAL})"
     rf"|(?P<start>[0-9]*\.[0-9]*)\\overline\{{(?P<period>[0-9]+)\}})"
     r"(?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*(?P<power>[+-]?[0-9]+)\s*\}|(?P<p>[0-9])))?"
@@ -50,19 +58,13 @@ _GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{.*\}", re.DOTALL)
 _WORDS = re.compile(r"\(?([A-Za-z][A-Za-z ]*)\)?\.?")
 _SHORT_WORDS = frozenset({"yes", "no", "true", "none", "even", "odd", "both", "all"})
-_NUMBER_LIST = re.compile(r"(?<!\\log_)[0-9]\s+[0-9]")
-_UNIT = re.compile(
-    r"(?<=[0-9})])(?:\s|~|\\[,;! ])*"
-    r"(?:\\(?:text|mathrm|mbox|textrm)\s*\{\s*(?P<text>[A-Za-z][A-Za-z ./-]*)\}"
-    r"|(?P<plain>cm|mm|km|kg|mg|ml|ft|in|mi|lbs?|oz|hr|min|sec|(?<=\s)[mgsl]|[A-Za-z]{4,}))"
-    r"\s*(?:\^\s*(?:\{\s*(?P<power>[0-9])\s*\}|(?P<p>[0-9])))?\Z"
-)
+_NUMBER_LIST = re.compile(rf"(?<!\\log_)[0-9](?:{_SPACE}|\{{,\}}|,\\!\s*+)[0-9]")
 _LAST_TEXT = re.compile(
-    r"(?<=[0-9A-Za-z})])\s*\\(?:text|mathrm|mbox|textrm)\s*\{[^{}]*\}(?:\s*\^[0-9{}]*)?[\s.,;:]*\Z"
+    rf"(?<=[0-9A-Za-z}})])\\s*+{STYLE}\\s*\\{{[^{{}}]*\\}}(?:\\s*\\^[0-9{{}}]*)?[\\s.,;:]*\\Z"
 )
 _NO_UNIT = re.compile(r"\b(?:or|and|not|no|is|if|at|than|more|less|but|about|approx)\b")
 _LAST_LETTERS = re.compile(r"(?<=[0-9}\s])((?!i\s*\Z)[a-z]{1,3})\s*\Z")
-_DROPPED = re.compile(r"\\[lcv]?dots|\.\.\.|\\[pb]?mod|\\approx|\\sim|'")
+_DROPPED = re.compile(r"\\[lcv]?dots|\.\.\.|\\[pb]?mod|\\approx|\\sim|[0-9}]\\circ|'")
 """What math-verify leaves out without a word: "5 \\mod 7" and "5, \\ldots" would be 5."""
 _TIME = re.compile(r"[0-9]{1,2}:[0-5][0-9]")
 _BOMB = re.compile(r"!{3}|\^\{?\s*[0-9]{5}|\^\s*\{[^{}]*\^\s*\{[^{}]*\^\s*\{[^{}]*\^")
@@ -84,19 +86,33 @@ _CAPITAL = re.compile(rf"{_COMMAND.pattern}|([A-Z])(?!\s*_)")
 
 
 def unwrap(text: str) -> str:
-    r"""Strip space, math delimiters and one-argument text commands from around ``text``."""
+    r"""Strip space, math delimiters and text and font commands from around ``text``.
+
+    Percent in words becomes its sign.
+    """
     text = _strip(text)
     while (match := _WRAPPED.fullmatch(text)) is not None:
         inner = next(group for group in match.groups() if group is not None)
         if "$" in inner.replace(r"\$", ""):
             break
         text = _strip(inner)
-    return text
+    return percent_sign(text)
 
 
 def _strip(text: str) -> str:
     """``text`` without space around it, TeX's spacing commands included."""
-    return _OUTER_SPACE.sub("", text)
+    leading = _LEADING_SPACE.match(text)
+    text = text[leading.end() :] if leading else text
+    end = len(text)
+    for match in _SPACE_OR_ESCAPE.finditer(text):
+        if match["space"] and match.end() == len(text):
+            end = match.start()
+    return text[:end]
+
+
+def _join_thousands(text: str) -> str:
+    """``text`` without the separators of numbers in groups of three."""
+    return _THOUSANDS.sub(lambda match: re.sub(_SEPARATOR, "", match[0]), text)
 
 
 def canonical_number(text: str) -> str | None:
@@ -114,7 +130,7 @@ def canonical_number(text: str) -> str | None:
     if len(text) > MAX_ANSWER_CHARS:
         return None
     plain = unwrap(text).removeprefix(r"\$").removeprefix("$").strip()
-    plain = _THOUSANDS.sub(",", plain).replace("\u2212", "-")
+    plain = _join_thousands(plain).replace("\u2212", "-")
     match = _NUMBER.fullmatch(plain)
     if match is None or not (match[2] or match[3]):
         return None
@@ -134,7 +150,9 @@ def exact_value(text: str) -> Fraction | None:
     number = canonical_number(text)
     if number is not None:
         return _decimal(number)
-    match = _RATIONAL.fullmatch(_THOUSANDS.sub("", unwrap(text)).replace("\u2212", "-"))
+    match = _RATIONAL.fullmatch(
+        _join_thousands(_BEFORE_FRACTION.sub(" ", unwrap(text))).replace("\u2212", "-")
+    )
     if match is None:
         return None
     value = Fraction(0)
@@ -185,14 +203,16 @@ def settle(gold: str, answer: str) -> bool | None:
         return words == gold.casefold()
     if _TIME.fullmatch(gold) and _TIME.fullmatch(answer):
         return gold == answer  # as a quotient, 4:40 would be 3:30
+    if scale(gold) != scale(answer):
+        return False  # 5 million is not 5
     if _DROPPED.search(answer) and not _DROPPED.search(gold):
         return False
     if _BASED.fullmatch(gold) or _BASED.fullmatch(answer):
         # The base belongs to what is asked: neither the bare digits nor another base will do.
         return _base_and_digits(gold) == _base_and_digits(answer)
     kinds = {_brackets(gold), _brackets(answer)} - {""}
-    unit, answer_unit = _unit(gold), _unit(answer)
-    if len(kinds) > 1 or (unit and answer_unit and unit != answer_unit):
+    gold_unit, answer_unit = unit(gold), unit(answer)
+    if len(kinds) > 1 or (gold_unit and answer_unit and gold_unit != answer_unit):
         return False
     if "=" not in gold and not _names_its_value(answer):
         return False
@@ -218,11 +238,11 @@ def is_one_expression(text: str) -> bool:
     if max(deepest, text.count("(")) > _MAX_DEPTH or _BOMB.search(text):
         return False
     # math-verify drops a text at the end, whatever it says: "5 \text{ (or 7)}" would be 5.
-    if _LAST_TEXT.search(text) and (not _UNIT.search(text) or _NO_UNIT.search(text)):
+    if _LAST_TEXT.search(text) and (not has_unit(text) or _NO_UNIT.search(text)):
         return False
     # math-verify adds up numbers that stand side by side: it would take "1 2 3" for 6. And it reads
     # \frac123, which is (1/2)3 in TeX, as 1/23.
-    return not (_NUMBER_LIST.search(text) or _TWO_DIGIT_FRACTION.search(text))
+    return not (_NUMBER_LIST.search(_join_thousands(text)) or _TWO_DIGIT_FRACTION.search(text))
 
 
 def pair_for_parser(gold: str, answer: str) -> tuple[str, str]:
@@ -248,7 +268,7 @@ def for_parser(text: str) -> str:
     if value is not None:
         whole = str(value.numerator)
         return whole if value.denominator == 1 else rf"\frac{{{whole}}}{{{value.denominator}}}"
-    text = re.sub(r"(?<=[0-9])(?:\{,\}|,\\!\s*)(?=[0-9]{3})", "", text)
+    text = _join_thousands(text)
     if not re.search(r"[(\[;]|\\\{|,\s", text):  # not in a list, a point or an interval
         text = _GROUPED.sub(lambda match: match[0].replace(",", ""), text)
     text = _PERCENT.sub(lambda match: _as_fraction(_decimal(match[1]) / 100), text)
@@ -258,7 +278,7 @@ def for_parser(text: str) -> str:
         text = text.replace(sign, command)
     text = text.replace("~", " ")
     # math-verify drops letters at the end that may be units, so 5t would be 5: brackets keep them.
-    return text if _UNIT.search(text) else _LAST_LETTERS.sub(r"(\1)", text)
+    return text if has_unit(text) else _LAST_LETTERS.sub(r"(\1)", text)
 
 
 def _as_fraction(value: Fraction) -> str:
@@ -310,15 +330,6 @@ def _brackets(text: str) -> str:
         return "{" if text.count(r"\{") == 1 else ""
     listed = "," in text and text[0] in "([" and text[-1] in ")]"
     return "(" if listed and sum(map(text.count, "([")) == 1 else ""
-
-
-def _unit(text: str) -> str:
-    """The unit behind a quantity, empty without one. Two texts that name different ones differ."""
-    match = _UNIT.search(text)
-    if match is None:
-        return ""
-    name = (match["text"] or match["plain"]).casefold().strip().rstrip(".").removesuffix("s")
-    return " ".join(name.split()) + (match["power"] or match["p"] or "")
 
 
 def _names_its_value(text: str) -> bool:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 
 from rlkit import verify_pool
+from rlkit.assignments import align
 from rlkit.literals import (
     MAX_ANSWER_CHARS,
     canonical_number,
@@ -25,8 +26,10 @@ from rlkit.literals import (
     is_one_expression,
     pair_for_parser,
     settle,
+    unwrap,
     words_of_gold,
 )
+from rlkit.units import reads_as_units
 from rlkit.verify_nursery import Pair
 
 ANSWER_TYPES = ("integer", "expression")
@@ -109,6 +112,13 @@ def _decide(answer: str | None, gold: str, answer_type: str) -> Verdict | Pair:
         return Verdict.RIGHT if answer_number == gold_number else Verdict.WRONG
     if answer_type == "integer" or not is_one_expression(answer):
         return Verdict.UNPARSABLE
+    if not reads_as_units(unwrap(answer), unwrap(gold)):
+        return Verdict.UNPARSABLE
+    aligned = align(unwrap(gold), unwrap(answer))
+    if aligned is None:
+        return Verdict.WRONG
+    if aligned != (unwrap(gold), unwrap(answer)):
+        gold, answer = aligned
     settled = settle(gold, answer)
     if settled is not None:
         return Verdict.RIGHT if settled else Verdict.WRONG
