@@ -128,6 +128,17 @@ class Nursery:
         self._kill_group()
         self.process.wait()
         self.control.close()
+        self._wait_for_workers()
+
+    def _wait_for_workers(self) -> None:
+        """Return when the last worker has gone: killed is not yet ended, and it holds memory."""
+        deadline = time.monotonic() + 2.0  # a first process that reaps nobody leaves zombies
+        while time.monotonic() < deadline:
+            try:
+                os.killpg(self.process.pid, 0)
+            except (ProcessLookupError, PermissionError):
+                return
+            time.sleep(0.002)
 
     def _kill_group(self) -> None:
         # Before it is waited for: until then its number, which names the group, is not given away.
