@@ -352,6 +352,7 @@ def test_a_mix_has_the_proportions_it_promises(distinct: bool) -> None:
 def test_judging_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    verify_pool.close()  # the processes of other tests would be counted too
     pool = verify_pool.Pool(workers=2, seconds=0.5)
     monkeypatch.setattr(verify_pool, "_pool", pool)
     monkeypatch.setattr(verify_pool, "_cache", type(verify_pool._cache)())
