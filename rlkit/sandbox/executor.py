@@ -16,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import get_args
 
+from rlkit.sandbox.host import Host, InfraError, Session, State, Zygote
 from rlkit.sandbox.levels import Attempt, Level, attack, attempts, shell
 from rlkit.sandbox.limits import Limits
-from rlkit.sandbox.loop import InfraError, Job, Loop, Session, State, Zygote
 from rlkit.sandbox.result import Result, Status
 
 PACKAGES = ("numpy", "sympy", "mpmath")
@@ -92,10 +92,10 @@ class PythonExecutor:
         self._running = running or max(2, len(os.sched_getaffinity(0)))
         self._packages = tuple(packages)
         self._roots = _roots(self._packages)
-        self._loop, self.info = self._best(isolation, allow_degraded, frozenset(_without))
-        self._finalizer = weakref.finalize(self, self._loop.stop)
+        self._host, self.info = self._best(isolation, allow_degraded, frozenset(_without))
+        self._finalizer = weakref.finalize(self, self._host.stop)
 
-    def _best(self, least: Level, degraded: bool, without: frozenset[str]) -> tuple[Loop, Info]:
+    def _best(self, least: Level, degraded: bool, without: frozenset[str]) -> tuple[Host, Info]:
         """The strongest combination that a real child could not break."""
         rejected: list[str] = []
         for attempt in attempts(os.geteuid() == 0):
@@ -105,16 +105,16 @@ class PythonExecutor:
             attempt = Attempt(layers, attempt.degraded)
             name = f"{attempt.level} ({', '.join(layers)})"
             try:
-                loop = Loop(partial(self._start, layers), self.limits, self._running)
+                host = Host(partial(self._start, layers), self.limits, self._running)
             except OSError as error:
                 rejected.append(f"{name}: {error}")
                 continue
-            leaks, sees = attack(partial(_plain, loop), attempt)
+            leaks, sees = attack(partial(_plain, host), attempt)
             if leaks and not without:
-                loop.stop()
+                host.stop()
                 rejected.append(f"{name}: the self-test could do this: {'; '.join(leaks)}")
                 continue
-            about = loop.zygote.about
+            about = host.zygote.about
             info = Info(
                 attempt.level,
                 layers,
@@ -124,7 +124,7 @@ class PythonExecutor:
                 self._packages,
                 tuple(rejected),
             )
-            return loop, info
+            return host, info
         raise IsolationError(
             f"No isolation of level {least} or better holds on this host:\n  "
             + "\n  ".join(rejected)
@@ -149,7 +149,7 @@ class PythonExecutor:
     @property
     def counts(self) -> Counter[Status]:
         """How many runs ended with each status."""
-        return Counter(self._loop.counts)
+        return Counter(self._host.counts)
 
     def submit(self, code: str, *, seed: int | None = None) -> Future[Result]:
         """Start a run with fresh variables; cancelling the future kills it.
@@ -162,17 +162,8 @@ class PythonExecutor:
     def _submit(self, code: str, seed: int | None, session: Session | None) -> Future[Result]:
         if not isinstance(code, str):
             raise TypeError(f"code is {type(code).__name__}: expected the text of a Python program")
-        if os.getpid() != self._loop.pid:
-            raise InfraError(
-                f"this executor belongs to process {self._loop.pid}, and this is a fork of it: "
-                "make an executor in each process that runs code"
-            )
-        if not self._loop.thread.is_alive():
-            raise InfraError(self._loop.broken or "this executor is closed")
         seed = self.seed if seed is None else _checked_seed(seed)
-        job = Job(code, seed, self.echo, session)
-        self._loop.submit(job)
-        return job.future
+        return self._host.submit(code, seed, self.echo, session)
 
     def run(self, code: str, *, seed: int | None = None) -> Result:
         """Run ``code`` with fresh variables and wait for its result."""
@@ -240,7 +231,7 @@ class Trace:
         self._session = None if state == "fresh" else Session(state)
         self._last: Future[Result] | None = None
         if self._session is not None:
-            self._finalizer = weakref.finalize(self, executor._loop.end_session, self._session)
+            self._finalizer = weakref.finalize(self, executor._host.end_session, self._session)
 
     def submit(self, code: str) -> Future[Result]:
         """Start the next cell.
@@ -285,11 +276,9 @@ def _wait(future: Future[Result]) -> Result:
         future.cancel()  # does nothing unless we are interrupted
 
 
-def _plain(loop: Loop, code: str) -> tuple[str, str]:
-    job = Job(code, 0, False)
-    loop.submit(job)
+def _plain(host: Host, code: str) -> tuple[str, str]:
     try:
-        result = _wait(job.future)
+        result = _wait(host.submit(code, 0, False, None))
     except InfraError as error:
         return "", str(error)
     return result.stdout, result.error or result.status
