@@ -125,7 +125,8 @@ class Child:
             self._clear()
             self.over = self.loop.create_future()
             self.signal(signal.SIGCONT)
-        self._cpu, self._waited, self._started = self.cpu(), self.waited(), time.monotonic()
+        self._waited = self.waited() if self.session else 0.0
+        self._cpu, self._started = self.cpu(), time.monotonic()
 
     def left(self) -> float:
         """Seconds until the first limit can be reached; 0 or less: it is over one."""
@@ -144,10 +145,11 @@ class Child:
             return 0.0
 
     def waited(self) -> float:
-        """Seconds for which it could have run, but no core was free (Linux schedstat)."""
+        """Seconds for which its threads could have run, but no core was free (schedstat)."""
         try:
-            return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[1]) / 1e9
-        except (OSError, IndexError, ValueError):
+            tasks = [*Path(f"/proc/{self.pid}/task").iterdir()]
+            return sum(int((task / "schedstat").read_text().split()[1]) for task in tasks) / 1e9
+        except (OSError, IndexError, ValueError):  # a thread has ended, or a kernel without it
             return 0.0
 
     def result(self) -> Result:

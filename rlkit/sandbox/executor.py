@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
-import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import get_args
+from typing import Any, get_args
 
 from rlkit.sandbox.host import Host, InfraError, Session, State, Zygote
 from rlkit.sandbox.levels import Attempt, Level, attack, attempts, shell
@@ -60,7 +59,8 @@ class PythonExecutor:
     Args:
         limits: of each run.
         isolation: weakest level to accept; the strongest that works here is taken.
-        allow_degraded: with ``isolation="D"``, also accept that code reads the caller's files.
+        allow_degraded: with ``isolation="D"``, also accept that code reads the caller's files and
+            the memory of the caller's processes.
         running: runs that execute at once, the others wait; default all usable cores, at least 2.
         packages: importable besides the standard library, and preloaded; from this environment.
         seed: of ``random`` and ``numpy.random`` in every run, 0 to 2**32 - 1.
@@ -97,6 +97,7 @@ class PythonExecutor:
 
     def _best(self, least: Level, degraded: bool, without: frozenset[str]) -> tuple[Host, Info]:
         """The strongest combination that a real child could not break."""
+        config = {"limits": vars(self.limits), "packages": self._packages, "roots": self._roots}
         rejected: list[str] = []
         for attempt in attempts(os.geteuid() == 0):
             if attempt.level > least or (attempt.degraded and not degraded):
@@ -105,11 +106,12 @@ class PythonExecutor:
             attempt = Attempt(layers, attempt.degraded)
             name = f"{attempt.level} ({', '.join(layers)})"
             try:
-                host = Host(partial(self._start, layers), self.limits, self._running)
+                start = partial(_start, config | {"layers": layers})
+                host = Host(start, self.limits, self._running)
             except OSError as error:
                 rejected.append(f"{name}: {error}")
                 continue
-            leaks, sees = attack(partial(_plain, host), attempt)
+            leaks, sees = attack(partial(_in_session, host), attempt)
             if leaks and not without:
                 host.stop()
                 rejected.append(f"{name}: the self-test could do this: {'; '.join(leaks)}")
@@ -132,19 +134,6 @@ class PythonExecutor:
             'for less: isolation="D", and allow_degraded=True if model-written code may read your '
             "files. `python -m rlkit doctor` shows what each level needs."
         )
-
-    def _start(self, layers: tuple[str, ...]) -> Zygote:
-        config = {
-            "layers": layers,
-            "limits": vars(self.limits),
-            "packages": self._packages,
-            "roots": self._roots,
-        }
-        if "chroot" not in layers:
-            return Zygote(shell(layers, self._roots), config)
-        folder = tempfile.mkdtemp(prefix="rlkit-empty-")
-        weakref.finalize(self, os.rmdir, folder)
-        return Zygote([], config | {"empty": folder})
 
     @property
     def counts(self) -> Counter[Status]:
@@ -276,11 +265,20 @@ def _wait(future: Future[Result]) -> Result:
         future.cancel()  # does nothing unless we are interrupted
 
 
-def _plain(host: Host, code: str) -> tuple[str, str]:
+def _start(config: dict[str, Any]) -> Zygote:
+    return Zygote(shell(config["layers"], config["roots"]), config)
+
+
+def _in_session(host: Host, code: str) -> tuple[str, str]:
+    """Output and error of code in a child of its own, with time enough whatever the limits."""
+    session, limits = Session("replay"), host.limits
+    host.limits = Limits()
     try:
-        result = _wait(host.submit(code, 0, False, None))
+        result = _wait(host.submit(code, 0, False, session))
     except InfraError as error:
         return "", str(error)
+    finally:
+        host.limits = limits
     return result.stdout, result.error or result.status
 
 

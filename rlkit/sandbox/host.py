@@ -293,12 +293,13 @@ class Host:
             self._spares.append(self._fork(session=False))
         child = self._fork(session=True) if session else self._spares.popleft()
         try:
-            why = await asyncio.wait_for(asyncio.shield(child.ready), _ANSWER_SECONDS)
-        except TimeoutError:
-            self._lose(why := "the fork server does not answer")
+            await asyncio.wait([child.ready], timeout=_ANSWER_SECONDS)
         except asyncio.CancelledError:
             child.kill()
             raise
+        if not child.ready.done():
+            self._lose("the fork server does not answer")  # resolves it
+        why = child.ready.result()
         if why:
             await asyncio.sleep(0.05)  # no process left, perhaps: let others end
             raise _LostError(f"no child process: {why}")

@@ -6,6 +6,7 @@ that holds is taken. Containers, old kernels and root-only homes all differ from
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import sys
@@ -27,7 +28,7 @@ class Attempt:
 
     Attributes:
         layers: what is put on.
-        degraded: True if the caller's files stay readable: only on explicit wish.
+        degraded: True if the caller's files and processes stay readable: only on explicit wish.
     """
 
     layers: tuple[str, ...]
@@ -101,6 +102,7 @@ SELF_TEST = r"""
 import ctypes, os, resource, signal, socket, sys
 libc = ctypes.CDLL(None, use_errno=True)
 parent = os.getppid()
+others = {parent, HOST} - {os.getpid()}  # in a namespace of its own, numbers mean others
 
 def tries(name, action):
     try:
@@ -132,15 +134,16 @@ tries("unix sockets", lambda: datagram(socket.AF_UNIX, NAME))
 tries("unix sockets", lambda: datagram(socket.AF_UNIX, NAME[1:]))
 tries("starting processes", forked)
 tries("starting programs", lambda: os.execv("/bin/true", ["true"]))
-tries("signals to others", lambda: os.kill(parent, 0))
+for other in others:
+    tries("signals to others", lambda: os.kill(other, 0))
+    tries("limits of others", lambda: resource.prlimit(other, resource.RLIMIT_CORE))
+    tries("tracing others", lambda: libc.ptrace(16, other, 0, 0) == 0)
+    tries("other processes' memory", lambda: open(f"/proc/{other}/mem", "rb"))
+    tries("other processes' environment", lambda: open(f"/proc/{other}/environ").read())
 tries("signals to all", lambda: os.kill(-1, signal.SIGCONT))
-tries("limits of others", lambda: resource.prlimit(parent, resource.RLIMIT_NOFILE, (9, 9)))
 tries("own limits", lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9)))
 tries("memory outside its limit", lambda: os.memfd_create("x"))
 tries("memory outside its limit", lambda: libc.shmget(0, 4096, 0o1600) >= 0)
-tries("tracing others", lambda: libc.ptrace(16, parent, 0, 0) == 0)
-tries("other processes' memory", lambda: open(f"/proc/{parent}/mem", "rb"))
-tries("other processes' environment", lambda: open(f"/proc/{parent}/environ", "rb"))
 tries("a new user namespace", lambda: libc.unshare(0x10000000) == 0)
 tries("becoming root", lambda: os.setuid(0))
 try:
@@ -152,6 +155,7 @@ if IMPORTS:
 print("DONE")
 """
 _READING = {"reading files", "listing folders", "other processes' environment"}
+_READING |= {"other processes' memory"}
 Run = Callable[[str], "tuple[str, str]"]
 
 
@@ -188,4 +192,6 @@ def _canaries() -> Iterator[dict[str, object]]:
         name = f"\0{folder}/socket"
         for address in (name, f"{folder}/socket"):
             stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)).bind(address)
-        yield {"FILE": str(file), "FOLDER": folder, "PORT": port.getsockname()[1], "NAME": name}
+        yield {"FILE": str(file), "FOLDER": folder, "PORT": port.getsockname()[1], "NAME": name} | {
+            "HOST": os.getpid()
+        }

@@ -26,6 +26,7 @@ import signal
 import socket
 import sys
 import sysconfig
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,8 @@ def child(config: dict[str, Any], ready: dict[str, Any], number: int, session: b
     if "rlimits" in layers:
         cage.limit(config["limits"], ready["bytes"], session=session, alone=alone)
     if "chroot" in layers:
-        os.chroot(config["empty"])
-        os.chdir("/")
+        os.fchdir(ready["empty"])
+        os.chroot(".")
     if alone:
         cage.become(cage.FIRST_UID + number % cage.UIDS)
     cage.no_capabilities()
@@ -121,7 +122,12 @@ def start(config: dict[str, Any]) -> dict[str, Any]:
     gc.freeze()  # or the first collection in a child would copy every page
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     size = pages * os.sysconf("SC_PAGE_SIZE")
-    return {"pid": os.getpid(), "bytes": size, "rules": rules, "filter": program}
+    ready = {"pid": os.getpid(), "bytes": size, "rules": rules, "filter": program}
+    if "chroot" in layers:
+        empty = tempfile.mkdtemp()
+        ready["empty"] = os.open(empty, os.O_RDONLY | os.O_DIRECTORY)
+        Path(empty).rmdir()  # still a place to be, and nothing can be made in it
+    return ready
 
 
 def fork(config: dict[str, Any], ready: dict[str, Any], message: bytes, fds: list[int]) -> int:
