@@ -111,7 +111,11 @@ class PythonExecutor:
             except OSError as error:
                 rejected.append(f"{name}: {error}")
                 continue
-            leaks, sees = attack(partial(_in_session, host), attempt)
+            try:
+                leaks, sees = attack(partial(_in_session, host), attempt)
+            except BaseException:
+                host.stop()
+                raise
             if leaks and not without:
                 host.stop()
                 rejected.append(f"{name}: the self-test could do this: {'; '.join(leaks)}")

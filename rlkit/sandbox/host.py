@@ -104,7 +104,10 @@ class Zygote:
                 self.process.stderr.close()
 
     def kill(self) -> None:
-        """End it; the kernel ends its children."""
+        """End it; it ends and reaps its children, or else the kernel does."""
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            self.control.shutdown(socket.SHUT_RDWR)
+            self.process.wait(1.0)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)  # not waited for: still its own number
         self.process.wait()
