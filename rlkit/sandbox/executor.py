@@ -112,13 +112,13 @@ class PythonExecutor:
                 rejected.append(f"{name}: {error}")
                 continue
             try:
-                leaks, sees = attack(partial(_in_session, host), attempt)
+                problems, sees = attack(partial(_in_session, host), attempt)
             except BaseException:
                 host.stop()
                 raise
-            if leaks and not without:
+            if problems and not without:
                 host.stop()
-                rejected.append(f"{name}: the self-test could do this: {'; '.join(leaks)}")
+                rejected.append(f"{name}: {'; '.join(problems)}")
                 continue
             about = host.zygote.about
             info = Info(

@@ -151,9 +151,12 @@ try:
     os.stat(FILE)
 except OSError:
     print("HIDDEN")
-if IMPORTS:
-    import colorsys, wave  # two that nobody preloads: the standard library is readable
-print("DONE")
+try:
+    if IMPORTS:
+        import colorsys, wave  # two that nobody preloads
+    print("DONE")
+except ImportError:
+    print("UNREADABLE")
 """
 _READING = {"reading files", "listing folders", "other processes' environment"}
 _READING |= {"other processes' memory"}
@@ -161,7 +164,7 @@ Run = Callable[[str], "tuple[str, str]"]
 
 
 def attack(run: Run, attempt: Attempt) -> tuple[list[str], bool]:
-    """Let a real child try to get out; what it managed, and whether it sees file names.
+    """Let a real child try to get out; what is wrong, and whether it sees file names.
 
     Args:
         run: executes code in a fresh child; its stdout, and an error text.
@@ -173,11 +176,14 @@ def attack(run: Run, attempt: Attempt) -> tuple[list[str], bool]:
         out, error = run(head + SELF_TEST)
     lines = out.splitlines()
     leaks = [line.removeprefix("LEAK ") for line in lines if line.startswith("LEAK ")]
-    if "DONE" not in lines:
-        leaks.append(f"the self-test did not come to its end: {error or out[-200:] or 'no output'}")
     if attempt.degraded:
         leaks = [leak for leak in leaks if leak not in _READING]
-    return list(dict.fromkeys(leaks)), "HIDDEN" not in lines
+    problems = [f"code in it got through to: {', '.join(dict.fromkeys(leaks))}"] if leaks else []
+    if "UNREADABLE" in lines:
+        problems.append("its user cannot read Python's library (below a folder of root alone?)")
+    elif "DONE" not in lines:
+        problems.append(f"the self-test did not come to its end: {error or out[-200:] or 'mute'}")
+    return problems, "HIDDEN" not in lines
 
 
 @contextmanager
