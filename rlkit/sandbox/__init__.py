@@ -1,0 +1,1 @@
+"""Runs Python that a model wrote, where it can do no harm."""
