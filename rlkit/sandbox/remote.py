@@ -191,7 +191,8 @@ class SandboxFusionExecutor:
                     answer = response.read(MAX_BYTES + 1)
             finally:
                 watchdog.cancel()
-        if response.status != 200 or len(answer) > MAX_BYTES:
+        # ``length`` is what the header promised and the body does not hold.
+        if response.status != 200 or len(answer) > MAX_BYTES or response.length:
             raise ValueError(f"HTTP {response.status}, {len(answer)} bytes: {answer[:200]!r}")
         return answer
 
