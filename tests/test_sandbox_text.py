@@ -205,6 +205,13 @@ def test_a_second_cut_goes_on_at_the_first():
             assert text.startswith(head) and text.endswith(tail)
 
 
+def test_a_short_end_leaves_its_room_to_the_other():
+    mark, more = LEFT_OUT.format(10), LEFT_OUT.format(13)
+    assert head_tail(f"a{mark}bcdefg", 4, 10) == (f"a{more}efg", 13)
+    assert head_tail(f"abcdef{mark}g", 4, 10) == (f"abc{more}g", 13)
+    assert head_tail(f"abcd{mark}efgh", 5, 10) == (f"ab{more}fgh", 13)
+
+
 def test_a_second_cut_without_a_mark_goes_on_in_the_middle():
     assert head_tail("abcdef", 4, 10) == ("ab... [12 characters left out] ...ef", 12)
     assert head_tail("ab", 4, 10) == ("a... [10 characters left out] ...b", 10)

@@ -95,8 +95,7 @@ def head_tail(text: str, limit: int, left_out: int = 0) -> tuple[str, int]:
     if not count:
         return text, 0
     tail = min(len(after), max(limit - limit // 2, limit - len(before)))
-    head = min(len(before), limit - tail)
-    return before[:head] + LEFT_OUT.format(count) + after[len(after) - tail :], count
+    return before[: limit - tail] + LEFT_OUT.format(count) + after[len(after) - tail :], count
 
 
 def describe(
