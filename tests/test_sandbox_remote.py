@@ -107,6 +107,7 @@ SPECIAL = {
     "trickle-header",
     "short",
     "hang-up",
+    "garbage",
 }
 
 
@@ -142,6 +143,8 @@ class Handler(BaseHTTPRequestHandler):
         elif name == "redirect":
             host, port = self.server.server_address[:2]
             self.reply(b"", 307, Location=f"http://{host}:{port}/elsewhere")
+        elif name == "garbage":
+            self.wfile.write(b"SSH-2.0-OpenSSH_9.2\r\n")
         elif name == "hang":
             RELEASE.wait(30)
         elif name == "short":
@@ -298,6 +301,14 @@ def test_no_more_than_running_are_in_flight(url):
             third.result()
     with pytest.raises(RuntimeError, match="shutdown"):
         executor.submit("#ok")
+
+
+def test_closing_drops_what_was_not_sent(url):
+    with SandboxFusionExecutor(url, running=1, wall_seconds=0.5, timeout=1.0) as executor:
+        sent, waiting = executor.submit("#hang"), executor.submit("#ok")
+        while not sent.running():
+            time.sleep(0.01)
+    assert sent.result().status == "infra" and waiting.cancelled()
 
 
 def test_asyncio(url):
