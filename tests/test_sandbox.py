@@ -151,13 +151,13 @@ def test_warnings_go_to_stderr(ex: PythonExecutor) -> None:
     [
         (b"", 8, "", 0),
         (b"12345678", 8, "12345678", 0),
-        (b"123456789", 8, "1234\n... [1 bytes left out] ...\n6789", 1),
+        (b"123456789", 8, "1234... [1 characters left out] ...6789", 1),
         (b"ab\xff", 8, "ab\ufffd", 0),
         # a character that the cut goes through is dropped on both sides
         (
             "abcé".encode() + b"......" + "éxyz".encode(),
             8,
-            "abc\n... [8 bytes left out] ...\nxyz",
+            "abc... [8 characters left out] ...xyz",
             8,
         ),
     ],

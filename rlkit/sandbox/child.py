@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 
 from rlkit.sandbox.limits import Limits
-from rlkit.sandbox.result import Result, Status
+from rlkit.sandbox.result import LEFT_OUT, Result, Status
 
 _REPORT_BYTES = 1 << 18
 _STARVED = 10.0  # times wall_seconds, however busy the machine is
+_CONTINUATION = bytes(range(0x80, 0xC0))  # of a character in UTF-8, after its first byte
 _KINDS: dict[str, Status] = {"": "ok", "exit": "ok", "memory": "memory", "refused": "refused"}
 
 
@@ -24,12 +25,13 @@ class Output:
     """Head and tail of a stream, with bounded memory."""
 
     def __init__(self, keep: int) -> None:
-        self.half, self.total = keep // 2, 0
+        self.half, self.total, self.characters = keep // 2, 0, 0
         self.head, self.tail = bytearray(), bytearray()
 
     def add(self, data: bytes) -> None:
         """Take the next piece."""
         self.total += len(data)
+        self.characters += len(data.translate(None, _CONTINUATION))
         room = self.half - len(self.head)
         self.head += data[:room]
         self.tail += data[room:]
@@ -37,15 +39,15 @@ class Output:
             del self.tail[: -self.half]
 
     def text(self) -> tuple[str, int]:
-        """What is shown, and the number of bytes left out of it."""
+        """What is shown, and the number of characters left out of it."""
         tail = self.tail[-self.half :]
-        cut = self.total - len(self.head) - len(tail)
-        if not cut:
+        if self.total == len(self.head) + len(tail):
             return (self.head + tail).decode("utf-8", "replace"), 0
         start = next((i for i in range(4) if tail[i] & 0xC0 != 0x80), 0)  # a character cut in two
         head = self.head.decode("utf-8", "replace").rstrip("\ufffd")
         shown = tail[start:].decode("utf-8", "replace")
-        return f"{head}\n... [{cut} bytes left out] ...\n{shown}", cut
+        cut = max(1, self.characters - len(head) - len(shown))
+        return head + LEFT_OUT.format(cut) + shown, cut
 
 
 class Child:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from rlkit.sandbox.result import Result, Status
-from rlkit.sandbox.text import head_tail
+from rlkit.tool_text import head_tail
 
 START = "docker run --rm -p 127.0.0.1:8080:8080 volcengine/sandbox-fusion:server-20250609"
 """The documented command (docs/docs/docs/get-started.mdx), but open to this machine only: the

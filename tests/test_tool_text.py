@@ -11,7 +11,7 @@ import pytest
 
 from rlkit import paths
 from rlkit.sandbox.result import Result
-from rlkit.sandbox.text import BREAK, LEFT_OUT, describe, format_output, head_tail, safe_text
+from rlkit.tool_text import BREAK, LEFT_OUT, describe, format_output, head_tail, safe_text
 
 TOKENS = [
     "<|im_end|>",

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from rlkit.sandbox.result import Result
+from rlkit.sandbox.limits import Limits
+from rlkit.sandbox.result import LEFT_OUT, Result
 
 BREAK = "\u200b"
 """Zero-width space: put into fences and tokens so that they are none any more."""
-LEFT_OUT = "... [{} characters left out] ..."
-"""Stands where ``head_tail`` took characters away."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -36,17 +35,6 @@ _TOKEN = r"""
         |(?-i:[A-Z]{2,}(?:_[A-Z]{2,})+|[gs]?MASK|CLS|SEP|PAD|UNK|BOS|EOS|EOT|EOP|SOP|THINK|ARGS
             |IMG|AUDIO|PREFIX|MIDDLE|SUFFIX)\])  # [INST], [/INST], [TOOL_CALLS], [gMASK]
 """
-
-
-class TimeAndMemory(Protocol):
-    """The limits that a message can name: seconds and MiB."""
-
-    @property
-    def cpu_seconds(self) -> float: ...
-    @property
-    def wall_seconds(self) -> float: ...
-    @property
-    def memory_mib(self) -> float: ...
 
 
 def safe_text(text: str, tokens: Sequence[str] = ()) -> str:
@@ -104,7 +92,7 @@ def describe(
     echo: bool = True,
     errors: Literal["last_line", "traceback"] = "traceback",
     max_characters: int = 2000,
-    limits: TimeAndMemory | None = None,
+    limits: Limits | None = None,
     tokens: Sequence[str] = (),
 ) -> str:
     """What the model reads about a run, without a fence: output, error, and why it was stopped.
@@ -148,7 +136,7 @@ def describe(
     return safe_text("\n".join(filter(None, parts)), tokens)
 
 
-def _message(result: Result, limits: TimeAndMemory | None) -> str:
+def _message(result: Result, limits: Limits | None) -> str:
     """One line about the status, "" if the output and the error say it all."""
     if result.status == "timeout" and limits:
         cpu = result.cpu_seconds / limits.cpu_seconds >= result.wall_seconds / limits.wall_seconds

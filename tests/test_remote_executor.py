@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from rlkit.sandbox.remote import MAX_BYTES, START, SandboxFusionExecutor
-from rlkit.sandbox.text import describe
+from rlkit.remote_executor import MAX_BYTES, START, SandboxFusionExecutor
+from rlkit.tool_text import describe
 
 RELEASE = threading.Event()
 
