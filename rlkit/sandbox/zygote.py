@@ -122,6 +122,7 @@ def start(config: dict[str, Any]) -> dict[str, Any]:
     gc.freeze()  # or the first collection in a child would copy every page
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     size = pages * os.sysconf("SC_PAGE_SIZE")
+    cage.opaque()  # without landlock, a child of the same user could read its memory
     ready = {"pid": os.getpid(), "bytes": size, "rules": rules, "filter": program}
     if "chroot" in layers:
         empty = tempfile.mkdtemp()
