@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -80,6 +81,8 @@ def alive(pid: int) -> bool:
         ("import sys\nprint('a')\nsys.exit()", "ok", "a\n", ""),
         ("import sys\nsys.exit(0)", "ok", "", ""),
         ("import sys\nsys.exit(3)", "error", "", "SystemExit: 3"),
+        ("print('a')\nexit()", "ok", "a\n", ""),
+        ("quit('why')", "error", "", "SystemExit: why"),
         ("raise KeyboardInterrupt", "error", "", "KeyboardInterrupt"),
         ("input('? ')", "error", "? ", "EOFError: EOF when reading a line"),
         ("[0] * 10**10", "memory", "", "MemoryError"),
@@ -638,6 +641,23 @@ def test_without_landlock_reading_has_to_be_allowed(monkeypatch: pytest.MonkeyPa
         assert weak.info.level == "D"
         assert weak.run("open('/tmp/x', 'w')").status == "refused"
         assert weak.run("import os\nos.fork()").status == "refused"
+
+
+def test_too_many_sessions_are_a_fault_of_the_machinery(bare: PythonExecutor) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = descriptors()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, hard))
+    traces = [bare.session() for _ in range(20)]
+    try:
+        results = [trace.run("x = 1") for trace in traces]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert results[0].ok
+    assert results[-1].status == "infra" and "ulimit -n" in results[-1].error
+    for trace in traces:
+        trace.close()
+    assert bare.run("print(1)").ok
+    wait_for(lambda: descriptors() <= opened)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may change its root folder")

@@ -581,7 +581,8 @@ print(json.dumps([report(None, safe), report(program, safe | unsafe)]))
 @supported
 def test_forbidden_calls_fail_with_eperm(library, tmp_path):
     free, caged = run(FORBIDDEN, tmp_path, library)
-    assert {name: answer for name, answer in free.items() if answer == "EPERM"} == {}
+    refused = {name for name, answer in free.items() if answer == "EPERM"}
+    assert refused <= {"unshare"}  # which containers refuse without our help
     assert caged.pop("clone3") == "ENOSYS"
     assert len(caged) > 30
     assert {name: answer for name, answer in caged.items() if answer != "EPERM"} == {}

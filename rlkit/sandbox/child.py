@@ -67,8 +67,11 @@ class Child:
         self.lost = self.killed = self.gone = self._shut = False
         self.verdict: Status | None = None
         self.pid, self.pidfd = 0, -1
-        self.channel, theirs = socket.socketpair()
-        (out, out_end), (err, err_end) = os.pipe(), os.pipe()
+        with contextlib.ExitStack() as undo:
+            self.channel, theirs = map(undo.enter_context, socket.socketpair())
+            out, out_end = _pipe(undo)
+            err, err_end = _pipe(undo)
+            undo.pop_all()
         self.outputs = (out, err)
         self.ends = (theirs.detach(), out_end, err_end)  # the child's, until it has them
         self._clear()
@@ -233,6 +236,13 @@ class Child:
         for index in range(len(self.outputs)):
             while self._read(index):
                 pass
+
+
+def _pipe(undo: contextlib.ExitStack) -> tuple[int, int]:
+    ends = os.pipe()
+    for fd in ends:
+        undo.callback(os.close, fd)
+    return ends
 
 
 def _parse(report: bytes | bytearray) -> dict[str, str] | None:

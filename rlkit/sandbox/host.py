@@ -128,6 +128,7 @@ class Host:
         self.pid = os.getpid()
         self.counts: Counter[Status] = Counter()
         self.broken = ""
+        self._lock, self._closed = threading.Lock(), False
         self._slots = asyncio.Semaphore(running)
         self._spare_count = min(running, _SPARES)
         self._spares: deque[Child] = deque()
@@ -153,14 +154,11 @@ class Host:
                 f"this executor belongs to process {self.pid}, and this is a fork of it: make an "
                 "executor in each process that runs code"
             )
-        if self.broken:
-            raise InfraError(self.broken)
-        work = self._work(code, seed, echo, session)
-        try:
+        with self._lock:  # what is taken here is on the loop before the order to stop
+            if self.broken or self._closed:
+                raise InfraError(self.broken or "this executor is closed")
+            work = self._work(code, seed, echo, session)
             return asyncio.run_coroutine_threadsafe(work, self._loop)
-        except RuntimeError:
-            work.close()
-            raise InfraError("this executor is closed") from None
 
     def end_session(self, session: Session) -> None:
         """Let a session's child go."""
@@ -175,6 +173,8 @@ class Host:
     def stop(self) -> None:
         """End every child, the fork server and the thread; runs in flight are cancelled."""
         if os.getpid() == self.pid:  # a forked copy of the host does not own the processes
+            with self._lock:
+                self._closed = True
             with contextlib.suppress(RuntimeError):  # it is closed
                 self._loop.call_soon_threadsafe(self._loop.stop)
             if threading.current_thread() is not self.thread:
@@ -205,6 +205,8 @@ class Host:
         """One run, from its place in the queue to its result."""
         try:
             async with self._slots:
+                if self.broken:
+                    raise InfraError(self.broken)
                 result = await self._attempts(code, seed, echo, session)
         except asyncio.CancelledError:
             if self.broken:
@@ -309,7 +311,10 @@ class Host:
         return child
 
     def _fork(self, *, session: bool) -> Child:
-        child, number = Child(self.limits, session), next(self._numbers)
+        try:
+            child, number = Child(self.limits, session), next(self._numbers)
+        except OSError as error:
+            raise _LostError(f"no descriptor left for a child ({error}): see ulimit -n") from None
         self._children[number] = child
         try:
             socket.send_fds(self.zygote.control, [b"%d %d" % (number, session)], child.ends)

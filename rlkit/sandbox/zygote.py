@@ -23,6 +23,7 @@ import platform
 import resource
 import select
 import signal
+import site
 import socket
 import sys
 import sysconfig
@@ -69,6 +70,8 @@ def preload(packages: list[str], roots: list[str]) -> list[str]:
     sys.path += roots
     for name in [*MODULES, *packages]:
         importlib.import_module(name)
+    site.setquit()  # exit() and quit(), which -S leaves out
+    sys.argv = [""]
     if "numpy" in packages:
         exec(NUMPY_WARM_UP, {})
     if "sympy" in packages:
