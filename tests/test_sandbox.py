@@ -646,8 +646,8 @@ def test_without_landlock_reading_has_to_be_allowed(monkeypatch: pytest.MonkeyPa
 def test_too_many_sessions_are_a_fault_of_the_machinery(bare: PythonExecutor) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     opened = descriptors()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, hard))
-    traces = [bare.session() for _ in range(20)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 24, hard))
+    traces = [bare.session() for _ in range(12)]
     try:
         results = [trace.run("x = 1") for trace in traces]
     finally:
