@@ -1,4 +1,4 @@
-"""``python -m rlkit <command>``: study, diagnose, publish, figures, readme, pretrain."""
+"""``python -m rlkit <command>``: study, diagnose, publish, ..."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "publish": ("rlkit.publish", "copy a finished study's outputs and figures into the tree"),
     "figures": ("rlkit.redraw", "draw the PNG of every figure again from its JSON"),
     "readme": ("rlkit.results", "write the published results into README.md"),
+    "doctor": ("rlkit.doctor", "say how well this host can cage model-written code"),
     "pretrain": ("rlkit.pretrain", "rebuild the embedded models and print their entry gate"),
 }
 

@@ -113,7 +113,7 @@ def seal(parent: int, rules: int | None) -> None:
     After any change of user: that would reset the first two.
     """
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    _prctl(_PR_SET_DUMPABLE, 0)
+    opaque()
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     if os.getppid() != parent:  # it died before we asked to be told
         os._exit(1)
@@ -121,8 +121,14 @@ def seal(parent: int, rules: int | None) -> None:
         _call(_RESTRICT, rules, 0)
 
 
+def opaque(yes: bool = True) -> None:
+    """Close this process's memory and environment to others of its user, or open them."""
+    _prctl(_PR_SET_DUMPABLE, int(not yes))
+
+
 def first_to_be_killed() -> None:
     """Let the kernel's out-of-memory killer take this process before any other."""
+    opaque(False)  # or the file would belong to root
     try:
         Path("/proc/self/oom_score_adj").write_text("1000")
     except OSError:  # /proc is read-only or missing in some containers; only a preference is lost

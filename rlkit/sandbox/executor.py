@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
-import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,11 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import get_args
+from typing import Any, get_args
 
+from rlkit.sandbox.host import Host, InfraError, Session, State, Zygote
 from rlkit.sandbox.levels import Attempt, Level, attack, attempts, shell
 from rlkit.sandbox.limits import Limits
-from rlkit.sandbox.loop import InfraError, Job, Loop, Session, State, Zygote
 from rlkit.sandbox.result import Result, Status
 
 PACKAGES = ("numpy", "sympy", "mpmath")
@@ -60,7 +59,8 @@ class PythonExecutor:
     Args:
         limits: of each run.
         isolation: weakest level to accept; the strongest that works here is taken.
-        allow_degraded: with ``isolation="D"``, also accept that code reads the caller's files.
+        allow_degraded: with ``isolation="D"``, also accept that code reads the caller's files and
+            the memory of the caller's processes.
         running: runs that execute at once, the others wait; default all usable cores, at least 2.
         packages: importable besides the standard library, and preloaded; from this environment.
         seed: of ``random`` and ``numpy.random`` in every run, 0 to 2**32 - 1.
@@ -92,11 +92,12 @@ class PythonExecutor:
         self._running = running or max(2, len(os.sched_getaffinity(0)))
         self._packages = tuple(packages)
         self._roots = _roots(self._packages)
-        self._loop, self.info = self._best(isolation, allow_degraded, frozenset(_without))
-        self._finalizer = weakref.finalize(self, self._loop.stop)
+        self._host, self.info = self._best(isolation, allow_degraded, frozenset(_without))
+        self._finalizer = weakref.finalize(self, self._host.stop)
 
-    def _best(self, least: Level, degraded: bool, without: frozenset[str]) -> tuple[Loop, Info]:
+    def _best(self, least: Level, degraded: bool, without: frozenset[str]) -> tuple[Host, Info]:
         """The strongest combination that a real child could not break."""
+        config = {"limits": vars(self.limits), "packages": self._packages, "roots": self._roots}
         rejected: list[str] = []
         for attempt in attempts(os.geteuid() == 0):
             if attempt.level > least or (attempt.degraded and not degraded):
@@ -105,16 +106,21 @@ class PythonExecutor:
             attempt = Attempt(layers, attempt.degraded)
             name = f"{attempt.level} ({', '.join(layers)})"
             try:
-                loop = Loop(partial(self._start, layers), self.limits, self._running)
+                start = partial(_start, config | {"layers": layers})
+                host = Host(start, self.limits, self._running)
             except OSError as error:
                 rejected.append(f"{name}: {error}")
                 continue
-            leaks, sees = attack(partial(_plain, loop), attempt)
-            if leaks and not without:
-                loop.stop()
-                rejected.append(f"{name}: the self-test could do this: {'; '.join(leaks)}")
+            try:
+                problems, sees = attack(partial(_in_session, host), attempt)
+            except BaseException:
+                host.stop()
+                raise
+            if problems and not without:
+                host.stop()
+                rejected.append(f"{name}: {'; '.join(problems)}")
                 continue
-            about = loop.zygote.about
+            about = host.zygote.about
             info = Info(
                 attempt.level,
                 layers,
@@ -124,7 +130,7 @@ class PythonExecutor:
                 self._packages,
                 tuple(rejected),
             )
-            return loop, info
+            return host, info
         raise IsolationError(
             f"No isolation of level {least} or better holds on this host:\n  "
             + "\n  ".join(rejected)
@@ -133,23 +139,10 @@ class PythonExecutor:
             "files. `python -m rlkit doctor` shows what each level needs."
         )
 
-    def _start(self, layers: tuple[str, ...]) -> Zygote:
-        config = {
-            "layers": layers,
-            "limits": vars(self.limits),
-            "packages": self._packages,
-            "roots": self._roots,
-        }
-        if "chroot" not in layers:
-            return Zygote(shell(layers, self._roots), config)
-        folder = tempfile.mkdtemp(prefix="rlkit-empty-")
-        weakref.finalize(self, os.rmdir, folder)
-        return Zygote([], config | {"empty": folder})
-
     @property
     def counts(self) -> Counter[Status]:
         """How many runs ended with each status."""
-        return Counter(self._loop.counts)
+        return Counter(self._host.counts)
 
     def submit(self, code: str, *, seed: int | None = None) -> Future[Result]:
         """Start a run with fresh variables; cancelling the future kills it.
@@ -162,17 +155,8 @@ class PythonExecutor:
     def _submit(self, code: str, seed: int | None, session: Session | None) -> Future[Result]:
         if not isinstance(code, str):
             raise TypeError(f"code is {type(code).__name__}: expected the text of a Python program")
-        if os.getpid() != self._loop.pid:
-            raise InfraError(
-                f"this executor belongs to process {self._loop.pid}, and this is a fork of it: "
-                "make an executor in each process that runs code"
-            )
-        if not self._loop.thread.is_alive():
-            raise InfraError(self._loop.broken or "this executor is closed")
         seed = self.seed if seed is None else _checked_seed(seed)
-        job = Job(code, seed, self.echo, session)
-        self._loop.submit(job)
-        return job.future
+        return self._host.submit(code, seed, self.echo, session)
 
     def run(self, code: str, *, seed: int | None = None) -> Result:
         """Run ``code`` with fresh variables and wait for its result."""
@@ -240,7 +224,7 @@ class Trace:
         self._session = None if state == "fresh" else Session(state)
         self._last: Future[Result] | None = None
         if self._session is not None:
-            self._finalizer = weakref.finalize(self, executor._loop.end_session, self._session)
+            self._finalizer = weakref.finalize(self, executor._host.end_session, self._session)
 
     def submit(self, code: str) -> Future[Result]:
         """Start the next cell.
@@ -285,13 +269,20 @@ def _wait(future: Future[Result]) -> Result:
         future.cancel()  # does nothing unless we are interrupted
 
 
-def _plain(loop: Loop, code: str) -> tuple[str, str]:
-    job = Job(code, 0, False)
-    loop.submit(job)
+def _start(config: dict[str, Any]) -> Zygote:
+    return Zygote(shell(config["layers"], config["roots"]), config)
+
+
+def _in_session(host: Host, code: str) -> tuple[str, str]:
+    """Output and error of code in a child of its own, with time enough whatever the limits."""
+    session, limits = Session("replay"), host.limits
+    host.limits = Limits()
     try:
-        result = _wait(job.future)
+        result = _wait(host.submit(code, 0, False, session))
     except InfraError as error:
         return "", str(error)
+    finally:
+        host.limits = limits
     return result.stdout, result.error or result.status
 
 

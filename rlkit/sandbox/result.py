@@ -8,6 +8,8 @@ from typing import Literal, get_args
 
 Status = Literal["ok", "error", "timeout", "memory", "output", "refused", "infra"]
 Variables = Literal["kept", "restored", "lost", ""]
+LEFT_OUT = "... [{} characters left out] ..."
+"""Stands where the middle of a text was cut out."""
 
 
 @dataclass(frozen=True)

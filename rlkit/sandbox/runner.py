@@ -118,7 +118,7 @@ def _cut(text: str) -> str:
     text = str.__str__(text)
     if len(text) <= _SHOWN:
         return text
-    left_out = f"\n... [{len(text) - _SHOWN} characters left out] ...\n"
+    left_out = f"... [{len(text) - _SHOWN} characters left out] ..."
     return text[: _SHOWN // 2] + left_out + text[-_SHOWN // 2 :]
 
 

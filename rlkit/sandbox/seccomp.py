@@ -2,11 +2,12 @@
 
 What is not listed fails with EPERM, which Python shows as PermissionError. Refused on purpose,
 though they look harmless: ``tkill``, ``rt_sigqueueinfo`` and ``pidfd_*`` (signals to others),
-``timer_create`` and ``io_uring`` (work that a filter does not see), ``memfd_create``, ``shmget``
-and ``sendmsg`` (memory outside RLIMIT_AS; passed descriptors), ``get_robust_list`` (addresses in
-other processes), ``process_madvise``, ``setpriority``, ``sched_setaffinity``, ``ioprio_set``
-(other processes), ``splice`` and ``sendfile`` (in-kernel page passing; ``shutil`` falls back to
-reading), ``mlock``, ``add_key``, ``openat2`` (its flags lie in memory, where no filter looks).
+``io_uring`` (its work passes no filter), ``timer_create``, ``memfd_create``, ``shmget`` and
+``sendmsg`` (kernel memory outside RLIMIT_AS, some of it outlives the process; passed
+descriptors), ``get_robust_list`` (addresses in other processes), ``process_madvise``,
+``setpriority``, ``sched_setaffinity``, ``ioprio_set`` (change other processes), ``splice`` and
+``sendfile`` (in-kernel passing of pages; ``shutil`` falls back to reading), ``openat2`` (its
+flags lie in memory, where no filter looks), ``mlock``, ``add_key``.
 
 The fork server loads this file by its path: standard library only. Sources:
 https://docs.kernel.org/userspace-api/seccomp_filter.html and the kernel's tables of call numbers.
@@ -67,18 +68,18 @@ _CALLS = """
 # The kernel cuts an argument to its C type: of an int only the low half counts, so only that is
 # checked and garbage above it is let through; of a pointer both halves count.
 def _is(argument: int, *values: int, mask: int = 0xFFFFFFFF) -> Check:
-    return (2 * argument, mask, values)
+    return (2 * argument, mask & 0xFFFFFFFF, values)
 
 
 def _without(argument: int, bits: int) -> Check:
-    return (2 * argument, bits & 0xFFFFFFFF, (0,))
+    return _is(argument, 0, mask=bits)
 
 
 def _null(argument: int) -> tuple[Check, Check]:
     return _is(argument, 0), (2 * argument + 1, 0xFFFFFFFF, (0,))
 
 
-_MESSAGE_FLAGS = ~(0x2 | 0x20 | 0x40 | 0x100 | 0x4000)  # PEEK, TRUNC, DONTWAIT, WAITALL, NOSIGNAL
+_MESSAGE_FLAGS = 0x2 | 0x20 | 0x40 | 0x100 | 0x4000  # PEEK, TRUNC, DONTWAIT, WAITALL, NOSIGNAL
 _RULES: dict[str, Rule] = {
     # Exactly the flags of pthread_create (musl adds the bit of CLONE_DETACHED). A thread without
     # CLONE_FILES has its own descriptors: its pipes would escape both RLIMIT_NOFILE and RLIMIT_AS.
@@ -88,7 +89,7 @@ _RULES: dict[str, Rule] = {
     "tgkill": ((_is(0, OWN_PID),),),
     # WAIT, WAKE, REQUEUE, CMP_REQUEUE, WAKE_OP, *_BITSET, each also PRIVATE and CLOCK_REALTIME.
     # Not the priority-inheriting ones: nothing here needs them and they break kernels often.
-    "futex": ((_is(1, 0, 1, 3, 4, 5, 9, 10, mask=~0x180 & 0xFFFFFFFF),),),
+    "futex": ((_is(1, 0, 1, 3, 4, 5, 9, 10, mask=~0x180),),),
     "mmap": ((_without(3, 0x40000),),),  # MAP_HUGETLB: one pool for the whole host
     # O_ASYNC asks for signals to an owner, which for a terminal is the foreground job. Not
     # F_SETOWN, F_SETSIG (signals to others), F_SETPIPE_SZ (memory), F_NOTIFY, F_SETLEASE.
@@ -106,8 +107,8 @@ _RULES: dict[str, Rule] = {
     # AF_UNIX, SOCK_STREAM below the flags: from a datagram pair one can send to any path's socket,
     # such as /dev/log, which landlock does not cover.
     "socketpair": ((_is(0, 1), _is(1, 1, mask=0xF)),),
-    "sendto": ((*_null(4), _without(3, _MESSAGE_FLAGS)),),  # MSG_OOB: CVE-2025-38236
-    "recvfrom": ((_without(3, _MESSAGE_FLAGS),),),
+    "sendto": ((*_null(4), _without(3, ~_MESSAGE_FLAGS)),),  # MSG_OOB: CVE-2025-38236
+    "recvfrom": ((_without(3, ~_MESSAGE_FLAGS),),),
     # SOL_SOCKET: TYPE, ERROR, SNDBUF, RCVBUF, PROTOCOL, DOMAIN. SO_PEERPIDFD would open a pidfd.
     "getsockopt": ((_is(1, 1), _is(2, 3, 4, 7, 8, 38, 39)),),
 }
@@ -131,16 +132,12 @@ def _code(rule: Rule) -> list[Instruction]:
     for alternative in rule:
         tail = _return(_ALLOW)
         for half, mask, values in reversed(alternative):
-            test: list[Instruction] = [
-                (_LOAD, 0, 0, 16 + 4 * half)
-            ]  # seccomp_data.args, little end
+            test: list[Instruction] = [(_LOAD, 0, 0, 16 + 4 * half)]  # seccomp_data.args
             if mask != 0xFFFFFFFF:
                 test.append((_AND, 0, 0, mask))
             last = len(values) - 1
-            test += [
-                (_JEQ, last - i, len(tail) if i == last else 0, value)
-                for i, value in enumerate(values)
-            ]
+            for i, value in enumerate(values):
+                test.append((_JEQ, last - i, len(tail) if i == last else 0, value))
             tail = test + tail
         code += tail
     return code + _return(_DENY)
@@ -174,7 +171,7 @@ def build(machine: str, *, read_only: bool = False) -> bytes:
             codes[int(numbers[column])] = _code(rules[name]) if name in rules else allow
             if name == "clone3":  # its flags lie in memory; told ENOSYS, libc falls back to clone
                 codes[int(numbers[column])] = _return(_ERRNO | 38)
-    leaves = [(0, codes[0])]
+    leaves = [(0, codes.get(0, deny))]
     for number in range(1, max(codes) + 2):
         code = codes.get(number, deny)
         if code != leaves[-1][1]:

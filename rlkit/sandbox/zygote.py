@@ -26,6 +26,7 @@ import signal
 import socket
 import sys
 import sysconfig
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,8 @@ def child(config: dict[str, Any], ready: dict[str, Any], number: int, session: b
     if "rlimits" in layers:
         cage.limit(config["limits"], ready["bytes"], session=session, alone=alone)
     if "chroot" in layers:
-        os.chroot(config["empty"])
-        os.chdir("/")
+        os.fchdir(ready["empty"])
+        os.chroot(".")
     if alone:
         cage.become(cage.FIRST_UID + number % cage.UIDS)
     cage.no_capabilities()
@@ -121,7 +122,13 @@ def start(config: dict[str, Any]) -> dict[str, Any]:
     gc.freeze()  # or the first collection in a child would copy every page
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     size = pages * os.sysconf("SC_PAGE_SIZE")
-    return {"pid": os.getpid(), "bytes": size, "rules": rules, "filter": program}
+    cage.opaque()  # without landlock, a child of the same user could read its memory
+    ready = {"pid": os.getpid(), "bytes": size, "rules": rules, "filter": program}
+    if "chroot" in layers:
+        empty = tempfile.mkdtemp()
+        ready["empty"] = os.open(empty, os.O_RDONLY | os.O_DIRECTORY)
+        Path(empty).rmdir()  # still a place to be, and nothing can be made in it
+    return ready
 
 
 def fork(config: dict[str, Any], ready: dict[str, Any], message: bytes, fds: list[int]) -> int:
@@ -149,33 +156,43 @@ def serve(control: socket.socket, host: int, config: dict[str, Any], ready: dict
     poll.register(control, select.POLLIN)
     poll.register(host, select.POLLIN)
     children: dict[int, tuple[int, int]] = {}  # pidfd -> id, pid
-    while True:
-        for fd, _ in poll.poll():
-            if fd == host:
-                return
-            if fd != control.fileno():
-                number, pid = children.pop(fd)
-                poll.unregister(fd)
-                os.close(fd)
-                _, status, used = os.wait4(pid, 0)
-                control.send(b"dead %d %d %.6f" % (number, status, used.ru_utime + used.ru_stime))
-                continue
-            message, fds, _, _ = socket.recv_fds(control, 64, 3)
-            if not message:
-                return
-            number = int(message.split()[0])
-            try:
-                pid = fork(config, ready, message, fds)
-            except OSError as error:  # no process or descriptor left: the host may try later
-                control.send(b"fail %d %d" % (number, error.errno or errno.EAGAIN))
-                continue
-            finally:
-                for fd in fds:  # a copy here, or in a later child, would hold the pipes open
-                    os.close(fd)
-            pidfd = os.pidfd_open(pid)
-            children[pidfd] = number, pid
-            poll.register(pidfd, select.POLLIN)
-            socket.send_fds(control, [b"born %d %d" % (number, pid)], [pidfd])
+    try:
+        while True:
+            for event, _ in poll.poll():
+                if event in children:
+                    number, pid = children.pop(event)
+                    poll.unregister(event)
+                    os.close(event)
+                    _, status, used = os.wait4(pid, 0)
+                    seconds = used.ru_utime + used.ru_stime
+                    control.send(b"dead %d %d %.6f" % (number, status, seconds))
+                elif event == host or not (order := socket.recv_fds(control, 64, 3))[0]:
+                    return
+                elif (child := born(control, order, config, ready)) is not None:
+                    pidfd = os.pidfd_open(child[1])
+                    children[pidfd] = child
+                    poll.register(pidfd, select.POLLIN)
+                    socket.send_fds(control, [b"born %d %d" % child], [pidfd])
+    finally:  # a host that is process 1 of a container would inherit zombies
+        for _, pid in children.values():
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def born(
+    control: socket.socket, order: tuple[Any, ...], config: dict[str, Any], ready: dict[str, Any]
+) -> tuple[int, int] | None:
+    """Fork the child of an order; its id and pid, None if there is no process left."""
+    message, fds, *_ = order
+    number = int(message.split()[0])
+    try:
+        return number, fork(config, ready, message, fds)
+    except OSError as error:  # the host may try later
+        control.send(b"fail %d %d" % (number, error.errno or errno.EAGAIN))
+        return None
+    finally:
+        for fd in fds:  # a copy here, or in a later child, would hold the pipes open
+            os.close(fd)
 
 
 def main() -> None:
