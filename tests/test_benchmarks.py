@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +23,7 @@ sys.path.insert(0, str(paths.root() / "benchmarks"))
 import _answers
 import _cases
 import _script
+import executor
 import floor
 import step
 import verify
@@ -381,3 +385,42 @@ def test_a_difference_names_the_rule_behind_it() -> None:
     ]
     for item, verdict, words in expected:
         assert words in verify.Difference(item, verdict, True).reason
+
+
+def test_every_way_to_run_code_prints_the_right_answers(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    script = paths.root() / "benchmarks" / "executor.py"
+    # A process of its own: pools are forked from it, and this one has threads of torch.
+    done = subprocess.run(
+        [sys.executable, str(script), "--quick", "--markdown", "--json", str(file)],
+        capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(paths.root())},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr  # a wrong answer of anyone ends the script
+    found = json.loads(file.read_text(encoding="utf-8"))
+    names = {executor.SUBPROCESS, executor.BARE, executor.OURS, executor.SESSION, executor.POOL}
+    names.add(executor.JUPYTER)
+    for program in executor.PROGRAMS:
+        times = found["milliseconds"][program]
+        assert names <= set(times) <= names | {executor.SMOLAGENTS}
+        assert all(len(values) == 2 and min(values) > 0 for values in times.values())
+        rates = found["runs_per_second"][program]
+        assert list(rates)[:3] == [executor.flying(n) for n in (1, 2, 4)]
+        assert len(rates) == 5 and all(min(values) > 0 for values in rates.values())
+    assert found["load"]["runs"] == found["load"][executor.OURS] == 4
+    assert len(found["bars"]) == 6
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    width = {line.count("|") for line in lines}
+    assert width == {4, 6} and len(lines) == 2 * (2 + len(times)) + 2 + 5 + 2 + 2 + 2 + 6
+    assert sum(line.endswith("| met |") or "NOT MET" in line for line in lines) == 6
+
+
+def test_a_wrong_answer_is_noticed() -> None:
+    wrong = {executor.SUBPROCESS: executor.by_subprocess, executor.OURS: lambda name: "3"}
+    with pytest.raises(RuntimeError, match="rlkit, print: printed '3', expected '2'"):
+        executor.latencies(wrong, 1)
+
+
+def test_ratios_of_times_are_of_the_same_round() -> None:
+    found = executor.ratios([4, 9, 2], [2, 3, 2])
+    assert found == {"medians": 2, "minima": 1, "low": 1, "high": 3}
