@@ -228,7 +228,10 @@ class Host:
             try:
                 if session is not None:
                     return await self._next_cell(session, code, seed, echo)
-                return await self._cell(await self._child(session=False), code, seed, echo)
+                result = await self._cell(await self._child(session=False), code, seed, echo)
+                # Not while it runs, if nobody waits: the fork server would compete with it.
+                self._loop.call_soon(self._refill, self._spare_count)
+                return result
             except _LostError as error:
                 self._last_fault = str(error)
         return Result(status="infra", error=self._last_fault)
@@ -265,7 +268,10 @@ class Host:
         data = code.encode("utf-8", "surrogatepass")
         head = HEAD.pack(len(data), seed, echo, not child.session)
         child.begin()
-        sending = asyncio.ensure_future(self._loop.sock_sendall(child.channel, head + data))
+        rest = child.send(head + data)
+        sending = (
+            asyncio.ensure_future(self._loop.sock_sendall(child.channel, rest)) if rest else None
+        )
         wait = min(self.limits.cpu_seconds, self.limits.wall_seconds)
         try:
             while not (await asyncio.wait([child.over], timeout=wait))[0]:
@@ -284,7 +290,7 @@ class Host:
             child.kill()
             raise
         finally:
-            if not sending.cancel():
+            if sending is not None and not sending.cancel():
                 sending.exception()  # to a child that died before it read: told otherwise
         if child.lost:
             raise _LostError(self._last_fault or "the fork server was lost")
@@ -294,9 +300,10 @@ class Host:
 
     async def _child(self, *, session: bool) -> Child:
         """A child whose cage is shut."""
-        while not session and len(self._spares) <= self._spare_count:
-            self._spares.append(self._fork(session=False))
-        child = self._fork(session=True) if session else self._spares.popleft()
+        if not session:
+            self._refill(self._spare_count if self._slots.locked() else 1)
+        has_spare = not session and bool(self._spares)
+        child = self._spares.popleft() if has_spare else self._fork(session=session)
         try:
             await asyncio.wait([child.ready], timeout=_ANSWER_SECONDS)
         except asyncio.CancelledError:
@@ -309,6 +316,11 @@ class Host:
             await asyncio.sleep(0.05)  # no process left, perhaps: let others end
             raise _LostError(f"no child process: {why}")
         return child
+
+    def _refill(self, count: int) -> None:
+        with contextlib.suppress(_LostError):  # told to the run that finds no spare
+            while len(self._spares) < count and not self._closed:
+                self._spares.append(self._fork(session=False))
 
     def _fork(self, *, session: bool) -> Child:
         try:

@@ -122,6 +122,7 @@ def start(config: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError(f"{threads} threads after the imports; forking needs exactly one")
     rules = cage.ruleset(readable) if "landlock" in layers else None
     gc.collect()
+    cage.collapse()
     gc.freeze()  # or the first collection in a child would copy every page
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     size = pages * os.sysconf("SC_PAGE_SIZE")
