@@ -26,8 +26,8 @@ or add one:
 ``cellN:S``     the status of cell N (from 1) is S, or is not S with ``cellN:!S``
 ``late``        the checks again 1.5 s after the run: nothing acts later
 ``idle``        in the 3 s after the last cell of an open session, its processes use < 2 s CPU
-``mem``         the executor's processes grow by < 800 MiB, the machine's shared memory by
-                < 600 MiB, the driver by < 150 MiB
+``mem``         the executor's processes grow by < 1000 MiB, the machine's shared memory by
+                < 1000 MiB, the driver by < 150 MiB
 ``disk``        the snippet says that it wrote at most 16 MiB
 ``out``         all texts of a result together are < 100,000 characters, the driver grows < 150 MiB
 ``nofds``       the driver has no descriptor more than before
@@ -67,9 +67,10 @@ HERE = Path(__file__).resolve().parent
 CPU, WALL, MEMORY = 1.0, 3.0, 512
 """Limits of the battery: seconds, seconds, MiB."""
 TOKENS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "</think>")
-ALONE = {"mem", "out", "disk", "late", "idle", "nofds", "nosignal", "noconnect", "nowrite"}
-"""Checks that need a machine on which no other snippet runs at the same time."""
-FLIGHT = 4
+ALONE = {"mem", "out", "disk", "late", "idle", "nofds"}
+"""Checks whose measure is of all processes together: nothing else may run at the same time."""
+FLIGHT, CHUNK = 6, 30
+"""Snippets that run at the same time, and how many run between two looks at the damage."""
 Snippet = dict[str, Any]
 
 
@@ -201,6 +202,22 @@ def _memory() -> tuple[int, int]:
     return int(resident) * resource.getpagesize(), int(shared[1]) * 1024 if shared else 0
 
 
+def _fill(folder: Path, secrets: Sequence[str]) -> None:
+    """Make the canary's files, or make them again after damage."""
+    for name in ("w", "cwd"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir(exist_ok=True)
+    for name, text in (
+        ("secret.txt", secrets[0]),
+        ("w/victim.txt", "victim\n"),
+        ("cwd/neighbour.py", f"TOKEN = {secrets[4]!r}\n"),
+    ):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_text(text)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o777 if path.is_dir() else 0o666)
+
+
 class Driver:
     """Runs snippets one after the other or a few at once, and looks for damage."""
 
@@ -223,7 +240,7 @@ class Driver:
         self.words |= {"HOSTPID": str(os.getpid()), "SENTINELPID": str(start["pid"])}
         limits = Limits(cpu_seconds=CPU, wall_seconds=WALL, memory_mib=MEMORY)
         self.executor = PythonExecutor(
-            limits, isolation=job["level"], _without=tuple(job["without"])
+            limits, isolation=job["level"], running=FLIGHT, _without=tuple(job["without"])
         )
         self.settle()
 
@@ -247,12 +264,23 @@ class Driver:
     def settle(self) -> None:
         """Learn which processes the executor keeps through ordinary runs."""
         seen = []
-        for _ in range(3):
-            self.executor.run("print(6 * 7)")
-            time.sleep(0.05)
+        for _ in range(2):
+            for _ in range(2 * FLIGHT):  # an executor may keep spare children, one for each slot
+                self.executor.run("print(6 * 7)")
+            time.sleep(0.3)
             seen.append(set(_children(self.sentinel.pid)))
         self.stable, self.most = set.intersection(*seen), max(map(len, seen))
+        self.known = seen[-1]
         self.before = self.look()
+
+    def repair(self) -> None:
+        """After damage: end what is left, restore the canary, learn the processes again."""
+        for pid, _ in set(_children(self.sentinel.pid)) - self.known:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        _fill(self.folder, self.secrets)
+        os.chdir(self.folder / "cwd")  # the old one was removed
+        self.settle()
 
     def damage(self) -> list[str]:
         """What is different from the last ``settle``; waits 2 s for processes to go."""
@@ -280,28 +308,33 @@ class Driver:
     def group(self, rows: Sequence[Snippet]) -> list[Row] | None:
         """Run snippets at the same time; None if something is wrong that may be any one's."""
         found: dict[str, tuple[list[str], float]] = {}
+        began: dict[str, float] = {}
+        todo = list(rows)[::-1]
 
-        def one(row: Snippet) -> None:
-            start = time.monotonic()
-            why = self.attempt(row)
-            found[row["id"]] = (why, time.monotonic() - start)
+        def work() -> None:
+            while todo:
+                row = todo.pop()
+                began[row["id"]] = start = time.monotonic()
+                why = self.attempt(row)
+                found[row["id"]] = (why, time.monotonic() - start)
 
-        threads = [threading.Thread(target=one, args=(row,), daemon=True) for row in rows]
-        for thread in threads:
-            thread.start()
-        end = time.monotonic() + 15 + 8 * max(len(row.get("cells", [0])) for row in rows)
-        for thread in threads:
-            while thread.is_alive() and time.monotonic() < end:
-                thread.join(0.2)  # short, so that this thread handles signals
-        hung = [row["id"] for row in rows if row["id"] not in found]
+        for _ in range(min(len(rows), FLIGHT)):
+            threading.Thread(target=work, daemon=True).start()
+        patience = {row["id"]: 20 + 8 * len(row.get("cells", [])) for row in rows}
+        hung: list[str] = []
+        while len(found) < len(rows) and not hung:
+            time.sleep(0.02)  # not a join: this thread has to handle signals
+            now = time.monotonic()
+            open_ = began.keys() - found.keys()
+            hung = [i for i in open_ if now > began[i] + patience[i]]
         why = [*self.damage(), *([f"time: {hung} did not come back"] if hung else [])]
         if len(rows) == 1 and "late" in rows[0]["check"] and not why:
             time.sleep(1.5)
             why = self.damage()
         if why and len(rows) > 1:
             return None
-        if why:
-            self.settle() if not hung else None
+        if why and not hung:
+            self.repair()
         none: tuple[list[str], float] = ([], 0.0)
         return [
             Row(row["id"], row["class"], not both, "; ".join(both), round(seconds, 2))
@@ -356,7 +389,7 @@ class Driver:
         size = sum(map(len, whole))
         if "out" in check and size > 100_000 * len(results):
             why.append(f"out: {size} characters")
-        most = (800, 600, 150) if "mem" in check else (1 << 20, 1 << 20, 150)
+        most = (1000, 1000, 150) if "mem" in check else (1 << 20, 1 << 20, 150)
         if {"mem", "out"} & set(check) and any(p > m for p, m in zip(peak, most, strict=True)):
             why.append(f"mem: processes, shared, driver grew by {peak} MiB")
         if idle >= 2:
@@ -449,15 +482,15 @@ def drive() -> None:
     driver = Driver(job)
     say({"level": str(driver.executor.info.level), "layers": list(driver.executor.info.layers)})
     todo = [[row] for row in job["snippets"]]
-    if job["flight"] > 1:
+    if job["together"]:
         free = [r for r in job["snippets"] if not ALONE & set(r["check"])]
         todo = [[r] for r in job["snippets"] if ALONE & set(r["check"])]
-        todo += [free[i : i + job["flight"]] for i in range(0, len(free), job["flight"])]
+        todo += [free[i : i + CHUNK] for i in range(0, len(free), CHUNK)]
     for group in todo:
         say({"start": [row["id"] for row in group]})
         done = driver.group(group)
         if done is None:
-            driver.settle()
+            driver.repair()
             done = []
             for row in group:
                 say({"start": [row["id"]]})
@@ -493,13 +526,7 @@ def _canary() -> tuple[Path, list[str]]:
     folder = Path(tempfile.mkdtemp(prefix="hostile-", dir=place))
     file = f"SECRET-FILE-{os.urandom(12).hex()}"  # 36 bytes, as the snippet stat-probe knows
     secrets = [file, *(f"SECRET-{k}-{os.urandom(12).hex()}" for k in ("GOLD", "MEM", "ENV", "MOD"))]
-    (folder / "secret.txt").write_text(file)
-    (folder / "w").mkdir()
-    (folder / "w" / "victim.txt").write_text("victim\n")
-    (folder / "cwd").mkdir()
-    (folder / "cwd" / "neighbour.py").write_text(f"TOKEN = {secrets[4]!r}\n")
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(0o777 if path.is_dir() else 0o666)
+    _fill(folder, secrets)
     users = Path("/etc/passwd").read_text().splitlines()[:1]
     return folder, [*secrets, *users]
 
@@ -508,14 +535,14 @@ def battery(
     snippets: Sequence[Snippet],
     level: str = "A",
     without: Sequence[str] = (),
-    flight: int = FLIGHT,
+    together: bool = True,
     python: str = sys.executable,
     progress: bool = False,
 ) -> list[Row]:
     """Run snippets in the sandbox at ``level`` without the named layers; one row for each.
 
     Args:
-        flight: snippets that run at the same time, where their checks permit it.
+        together: run several snippets at the same time where their checks permit it.
         python: the interpreter of the driver.
 
     Raises:
@@ -535,7 +562,7 @@ def battery(
         job = {"folder": str(folder), "secrets": [*secrets, argv], "argv": argv, "fd": write}
         now = [s for s in todo if s["id"] in alone] or todo
         job |= {"level": level, "without": list(without), "snippets": now}
-        job |= {"flight": 1 if alone else flight}
+        job |= {"together": together and not alone}
         with tempfile.TemporaryFile() as log:
             driver = subprocess.Popen(
                 [*_own_pids(), python, __file__, "--drive", argv],
@@ -615,12 +642,12 @@ def main() -> int:
     parser.add_argument("--level", default="A", help="isolation level: A, B, C or D")
     parser.add_argument("--without", nargs="*", default=[], help="layers to leave out")
     parser.add_argument("--only", nargs="*", default=[], help="ids or classes of snippets")
-    parser.add_argument("--flight", type=int, default=FLIGHT, help="snippets at the same time")
+    parser.add_argument("--one-by-one", action="store_true", help="never two at the same time")
     parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args()
     start = time.monotonic()
     rows = battery(
-        load(options.only), options.level, options.without, options.flight, progress=True
+        load(options.only), options.level, options.without, not options.one_by_one, progress=True
     )
     bad = [row for row in rows if not row.held]
     for row in bad:
