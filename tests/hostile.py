@@ -223,7 +223,7 @@ class Driver:
 
     def __init__(self, job: dict[str, Any]) -> None:
         from rlkit.sandbox import Limits, PythonExecutor  # the tested part: only the driver has it
-        from rlkit.sandbox.text import describe
+        from rlkit.tool_text import describe
 
         self.describe, self.secrets = describe, job["secrets"]
         self.folder, self.signals = Path(job["folder"]), []
