@@ -338,7 +338,7 @@ def test_a_session_does_nothing_between_cells(bare: PythonExecutor) -> None:
         wait_for(lambda: Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2][1] == "T")
         used = child.cpu()
         time.sleep(0.3)
-        assert child.cpu() == used
+        assert child.cpu() - used < 0.01  # its last thread may have stopped a moment later
         assert int(trace.run("n").echo) > first
 
 
@@ -442,6 +442,14 @@ def test_a_dead_fork_server_is_replaced_and_runs_go_on(bare: PythonExecutor) -> 
         assert (result.echo, result.variables) == ("42", "restored")
     assert [future.result().stdout for future in futures] == [f"{i}\n" for i in range(6)]
     assert bare.counts["infra"] == 0
+
+
+def test_a_spare_child_that_died_is_not_the_next_runs_fault(bare: PythonExecutor) -> None:
+    assert bare.run("print(1)").ok
+    wait_for(lambda: all(child.ready.done() for child in bare._host._children.values()))
+    for child in list(bare._host._children.values()):
+        os.kill(child.pid, signal.SIGKILL)
+    assert [result.status for result in bare.run_all(["print(1)"] * 4)] == ["ok"] * 4
 
 
 def test_a_stopped_fork_server_is_given_up(

@@ -65,7 +65,7 @@ class Child:
         self.over: asyncio.Future[tuple[int, float] | None] = self.loop.create_future()
         self.lost = self.killed = self.gone = self._shut = False
         self.verdict: Status | None = None
-        self.pid, self.pidfd = 0, -1
+        self.pid, self.pidfd, self.killed_at = 0, -1, 0.0
         with contextlib.ExitStack() as undo:
             self.channel, theirs = map(undo.enter_context, socket.socketpair())
             out, out_end = _pipe(undo)
@@ -116,7 +116,8 @@ class Child:
     def kill(self, why: Status | None = None) -> None:
         """End it at once; the fork server tells when it has gone."""
         self.verdict = self.verdict or why
-        self.killed = True
+        if not self.killed:
+            self.killed, self.killed_at = True, time.monotonic()
         self.signal(signal.SIGKILL)
 
     def begin(self) -> None:

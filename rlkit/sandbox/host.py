@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -275,11 +276,13 @@ class Host:
         wait = min(self.limits.cpu_seconds, self.limits.wall_seconds)
         try:
             while not (await asyncio.wait([child.over], timeout=wait))[0]:
-                wait = max(0.002, child.left())
-                if child.killed:
-                    self._lose("the fork server does not answer")
-                elif wait > 0.002:
-                    continue
+                wait = child.left()
+                if child.killed:  # by us, or because it printed too much
+                    wait = child.killed_at + _ANSWER_SECONDS - time.monotonic()
+                    if wait <= 0:
+                        self._lose("the fork server does not answer")
+                elif wait > 0:
+                    wait = max(wait, 0.002)
                 elif child.session and child.verdict is None:
                     child.verdict, wait = "timeout", _INTERRUPT_SECONDS
                     child.signal(signal.SIGINT)
@@ -311,7 +314,7 @@ class Host:
             raise
         if not child.ready.done():
             self._lose("the fork server does not answer")  # resolves it
-        why = child.ready.result()
+        why = child.ready.result() or ("it ended before its cell" if child.gone else "")
         if why:
             await asyncio.sleep(0.05)  # no process left, perhaps: let others end
             raise _LostError(f"no child process: {why}")
@@ -382,5 +385,6 @@ class Host:
 
     def _failed(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """A defect in a callback must not leave a caller waiting."""
+        self._loop.default_exception_handler(context)
         if "handle" in context:
             self._give_up(f"the executor's loop failed: {context.get('exception')!r}")
