@@ -447,8 +447,10 @@ def test_a_dead_fork_server_is_replaced_and_runs_go_on(bare: PythonExecutor) -> 
 def test_a_spare_child_that_died_is_not_the_next_runs_fault(bare: PythonExecutor) -> None:
     assert bare.run("print(1)").ok
     wait_for(lambda: all(child.ready.done() for child in bare._host._children.values()))
-    for child in list(bare._host._children.values()):
+    spares = list(bare._host._children.values())
+    for child in spares:
         os.kill(child.pid, signal.SIGKILL)
+    wait_for(lambda: all(child.gone for child in spares))
     assert [result.status for result in bare.run_all(["print(1)"] * 4)] == ["ok"] * 4
 
 
