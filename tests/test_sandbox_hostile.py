@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 from hostile import Row, Snippet, battery, load
 
+import rlkit.sandbox
 from rlkit.sandbox import Limits, PythonExecutor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +54,9 @@ def test_the_battery_is_whole():
     assert {row["class"] for row in quick()} == {row["class"] for row in rows}
     for row in rows:
         assert ("code" in row) != ("cells" in row) and row["must"] and row["check"], row["id"]
+    covered = rlkit.sandbox.__doc__ or ""
+    for name in {row["class"] for row in rows}:
+        assert re.search(rf"[(, \n]{re.escape(name)}[,)\n]", covered) or name.startswith("session-")
     with pytest.raises(ValueError, match=r"only=\['nonsense'\]: expected ids or classes"):
         load(["nonsense"])
 
