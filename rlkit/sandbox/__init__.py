@@ -27,11 +27,11 @@ Covered; each line is a class of ``tests/hostile.jsonl``, run by ``tests/test_sa
 
 Not covered:
 
-- a flaw in the kernel itself, in one of some 120 system calls that are allowed: run the whole job in
-  a virtual machine where that matters;
+- a flaw in the kernel itself, in one of some 120 system calls that are allowed: run the whole job
+  in a virtual machine where that matters;
 - at levels B and C, names, sizes and times of files (``stat``); see ``Info.hides_names``;
-- threads made by raw system calls where children share a user (levels A and C without root): bounded
-  by ``memory_mib`` only in so far as they have stacks;
+- threads made by raw system calls where children share a user (levels A and C without root):
+  ``memory_mib`` bounds them only in so far as they have stacks;
 - time and cache side channels; what lies in Python's library folders is readable;
 - level D with ``allow_degraded``: files and memory of the user's processes are readable;
 - a run's own report: code can hide its error or forge the value of its last line, never a limit
