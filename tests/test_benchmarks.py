@@ -399,7 +399,7 @@ def test_every_way_to_run_code_prints_the_right_answers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr  # a wrong answer of anyone ends the script
     found = json.loads(file.read_text(encoding="utf-8"))
     names = {executor.SUBPROCESS, executor.BARE, executor.OURS, executor.SESSION, executor.POOL}
-    names.add(executor.JUPYTER)
+    names |= {executor.JUPYTER, executor.ROW}
     for program in executor.PROGRAMS:
         times = found["milliseconds"][program]
         assert names <= set(times) <= names | {executor.SMOLAGENTS}

@@ -65,6 +65,7 @@ class Child:
         self.over: asyncio.Future[tuple[int, float] | None] = self.loop.create_future()
         self.lost = self.killed = self.gone = self._shut = False
         self.verdict: Status | None = None
+        self.timer: asyncio.TimerHandle
         self.pid, self.pidfd, self.killed_at = 0, -1, 0.0
         with contextlib.ExitStack() as undo:
             self.channel, theirs = map(undo.enter_context, socket.socketpair())
@@ -130,7 +131,6 @@ class Child:
             self._clear()
             self.over = self.loop.create_future()
             self.signal(signal.SIGCONT)
-        self._waited = self.waited() if self.session else 0.0
         self._cpu, self._started = self.cpu(), time.monotonic()
 
     def send(self, data: bytes) -> bytes:
@@ -147,7 +147,7 @@ class Child:
         elapsed = time.monotonic() - self._started
         if elapsed > _STARVED * self.limits.wall_seconds:
             return 0.0
-        blocked = elapsed - (self.waited() - self._waited)
+        blocked = elapsed - self.waited()  # in a session with what earlier cells waited
         used = self.cpu() - self._cpu
         return min(self.limits.cpu_seconds - used, self.limits.wall_seconds - blocked)
 
@@ -169,7 +169,7 @@ class Child:
 
     def result(self) -> Result:
         """What became of the cell; only after ``over``."""
-        how, report, status = self.over.result(), _parse(self._report), self.verdict
+        how, report, status = self.over.result(), self._told or _parse(self._report), self.verdict
         used, error = self.cpu(), ""
         if how is not None:
             code, used = os.waitstatus_to_exitcode(how[0]), how[1]
@@ -196,7 +196,8 @@ class Child:
         )
 
     def _clear(self) -> None:
-        self._report = bytearray()
+        self._told: dict[str, str] | None
+        self._report, self._told = bytearray(), None
         self._texts = [Output(self.limits.output_kib << 10) for _ in self.outputs]
 
     def _now_ready(self) -> None:
@@ -221,7 +222,11 @@ class Child:
         self._report += data
         if len(self._report) > _REPORT_BYTES:
             self.kill("output")
-        elif self.session and _parse(self._report) is not None and not self.over.done():
+            return
+        if self.session and not self.over.done():
+            self._told = _parse(self._report)
+            if self._told is None:
+                return
             self._drain()
             self.signal(signal.SIGSTOP)  # nothing of it runs on while nobody counts
             self.over.set_result(None)

@@ -273,26 +273,15 @@ class Host:
         sending = (
             asyncio.ensure_future(self._loop.sock_sendall(child.channel, rest)) if rest else None
         )
-        wait = min(self.limits.cpu_seconds, self.limits.wall_seconds)
+        first = min(self.limits.cpu_seconds, self.limits.wall_seconds)
+        child.timer = self._loop.call_later(first, self._look, child)
         try:
-            while not (await asyncio.wait([child.over], timeout=wait))[0]:
-                wait = child.left()
-                if child.killed:  # by us, or because it printed too much
-                    wait = child.killed_at + _ANSWER_SECONDS - time.monotonic()
-                    if wait <= 0:
-                        self._lose("the fork server does not answer")
-                elif wait > 0:
-                    wait = max(wait, 0.002)
-                elif child.session and child.verdict is None:
-                    child.verdict, wait = "timeout", _INTERRUPT_SECONDS
-                    child.signal(signal.SIGINT)
-                else:
-                    child.kill("timeout")
-                    wait = _ANSWER_SECONDS
+            await child.over
         except asyncio.CancelledError:
             child.kill()
             raise
         finally:
+            child.timer.cancel()
             if sending is not None and not sending.cancel():
                 sending.exception()  # to a child that died before it read: told otherwise
         if child.lost:
@@ -301,6 +290,23 @@ class Host:
         child.verdict = None
         return result
 
+    def _look(self, child: Child) -> None:
+        """See whether a cell is over one of its limits, and when to look again."""
+        wait = child.left()
+        if child.killed:  # by us, or because it printed too much
+            wait = child.killed_at + _ANSWER_SECONDS - time.monotonic()
+            if wait <= 0:
+                self._lose("the fork server does not answer")
+        elif wait > 0:
+            wait = max(wait, 0.002)
+        elif child.session and child.verdict is None:
+            child.verdict, wait = "timeout", _INTERRUPT_SECONDS
+            child.signal(signal.SIGINT)
+        else:
+            child.kill("timeout")
+            wait = _ANSWER_SECONDS
+        child.timer = self._loop.call_later(wait, self._look, child)
+
     async def _child(self, *, session: bool) -> Child:
         """A child whose cage is shut."""
         if not session:
@@ -308,7 +314,8 @@ class Host:
         has_spare = not session and bool(self._spares)
         child = self._spares.popleft() if has_spare else self._fork(session=session)
         try:
-            await asyncio.wait([child.ready], timeout=_ANSWER_SECONDS)
+            if not child.ready.done():
+                await asyncio.wait([child.ready], timeout=_ANSWER_SECONDS)
         except asyncio.CancelledError:
             child.kill()
             raise
