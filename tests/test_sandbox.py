@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -23,6 +24,7 @@ import pytest
 
 from rlkit.sandbox import InfraError, IsolationError, Limits, PythonExecutor, executor, host
 from rlkit.sandbox.child import Output
+from rlkit.sandbox.host import State
 from rlkit.sandbox.levels import attempts
 
 LIMITS = Limits(cpu_seconds=1.0, wall_seconds=3.0, memory_mib=256)
@@ -333,7 +335,7 @@ def test_a_session_does_nothing_between_cells(bare: PythonExecutor) -> None:
         trace.run("import threading, time\nn = 0\ndef f():\n    global n\n    while True: n += 1")
         trace.run("threading.Thread(target=f, daemon=True).start()")
         first = int(trace.run("n").echo)
-        child = trace._session.child  # type: ignore[union-attr]
+        child = trace._session.child
         assert child is not None
         wait_for(lambda: Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2][1] == "T")
         used = child.cpu()
@@ -352,10 +354,30 @@ def test_cells_do_not_overlap(bare: PythonExecutor) -> None:
 
 def test_a_closed_session_leaves_no_process(bare: PythonExecutor) -> None:
     trace = bare.session()
-    pid = int(trace.run("x = 1\n1").echo) and trace._session.child.pid  # type: ignore[union-attr]
-    assert alive(pid)
+    assert trace.run("x = 1").ok
+    child = trace._session.child
+    assert child is not None and alive(child.pid)
     trace.close()
-    wait_for(lambda: not alive(pid))
+    wait_for(lambda: not alive(child.pid))
+    with pytest.raises(RuntimeError, match="this session is closed"):
+        trace.run("x")
+
+
+@pytest.mark.parametrize("state", ["fresh", "session", "replay"])
+@pytest.mark.parametrize("pause", [0.0, 0.3])
+def test_closing_a_session_cancels_its_cell(
+    bare: PythonExecutor, state: State, pause: float
+) -> None:
+    with bare.session(state) as trace:
+        cell = trace.submit("import time\ntime.sleep(60)")
+        time.sleep(pause)
+    with pytest.raises(CancelledError):
+        cell.result(timeout=5)
+    dropped = bare.session(state).submit("import time\ntime.sleep(60)")  # nobody holds the trace
+    gc.collect()
+    with pytest.raises(CancelledError):
+        dropped.result(timeout=5)
+    wait_for(lambda: not any(child.session for child in bare._host._children.values()))
 
 
 # Many at once ----------------------------------------------------------------------------------
@@ -434,7 +456,7 @@ def test_a_dead_fork_server_is_replaced_and_runs_go_on(bare: PythonExecutor) -> 
     futures = [bare.submit(f"import time\ntime.sleep(0.3)\nprint({i})") for i in range(6)]
     with bare.session() as trace:
         trace.run("x = 41")
-        child = trace._session.child  # type: ignore[union-attr]
+        child = trace._session.child
         assert child is not None
         kill_server(bare)
         wait_for(lambda: child.gone)

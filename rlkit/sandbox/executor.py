@@ -219,23 +219,16 @@ class Trace:
     """Cells of one trace; made by ``PythonExecutor.session``. Cells run one after the other."""
 
     def __init__(self, executor: PythonExecutor, state: State) -> None:
-        self._executor = executor
-        self.state = state
-        self._session = None if state == "fresh" else Session(state)
-        self._last: Future[Result] | None = None
-        if self._session is not None:
-            self._finalizer = weakref.finalize(self, executor._host.end_session, self._session)
+        self._executor, self._session, self.state = executor, Session(state), state
+        self._finalizer = weakref.finalize(self, executor._host.end_session, self._session)
 
     def submit(self, code: str) -> Future[Result]:
         """Start the next cell.
 
         Raises:
-            RuntimeError: the cell before it still runs.
+            RuntimeError: the cell before it still runs, or the session is closed.
         """
-        if self._last is not None and not self._last.done():
-            raise RuntimeError("the cell before this one still runs: wait for its result first")
-        self._last = self._executor._submit(code, None, self._session)
-        return self._last
+        return self._executor._submit(code, None, self._session)
 
     def run(self, code: str) -> Result:
         """Run the next cell and wait for its result."""
@@ -246,9 +239,8 @@ class Trace:
         return await asyncio.wrap_future(self.submit(code))
 
     def close(self) -> None:
-        """Let the variables go."""
-        if self._session is not None:
-            self._finalizer()
+        """Let the variables go; a cell that still runs is cancelled."""
+        self._finalizer()
 
     def __enter__(self) -> Trace:
         return self

@@ -47,10 +47,12 @@ class _LostError(Exception):
 
 @dataclass(eq=False)
 class Session:
-    """A trace whose cells share their variables."""
+    """A trace of cells; unless ``fresh``, they share their variables."""
 
     mode: State
     child: Child | None = None
+    cell: Future[Result] | None = None
+    closed: bool = False
     history: list[str] = field(default_factory=list)
     """Cells that succeeded, in order: run again in a new child when the old one is lost."""
 
@@ -129,7 +131,8 @@ class Host:
         self.pid = os.getpid()
         self.counts: Counter[Status] = Counter()
         self.broken = ""
-        self._lock, self._closed = threading.Lock(), False
+        # Reentrant: the garbage collector may end a session in the midst of ``submit``.
+        self._lock, self._closed = threading.RLock(), False
         self._slots = asyncio.Semaphore(running)
         self._spare_count = min(running, _SPARES)
         self._spares: deque[Child] = deque()
@@ -149,6 +152,7 @@ class Host:
 
         Raises:
             InfraError: the machinery failed too often, or the executor is closed.
+            RuntimeError: the session is closed, or its cell before this one still runs.
         """
         if os.getpid() != self.pid:
             raise InfraError(
@@ -158,17 +162,27 @@ class Host:
         with self._lock:  # what is taken here is on the loop before the order to stop
             if self.broken or self._closed:
                 raise InfraError(self.broken or "this executor is closed")
+            if session is not None and session.closed:
+                raise RuntimeError("this session is closed: open another one")
+            if session is not None and session.cell is not None and not session.cell.done():
+                raise RuntimeError("the cell before this one still runs: wait for its result first")
             work = self._work(code, seed, echo, session)
-            return asyncio.run_coroutine_threadsafe(work, self._loop)
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            if session is not None:
+                session.cell = future
+            return future
 
     def end_session(self, session: Session) -> None:
-        """Let a session's child go."""
+        """Let a session's child go; a cell that still runs is cancelled."""
 
         def end() -> None:
             if session.child is not None:
                 session.child.kill()
 
-        with contextlib.suppress(RuntimeError):  # closed, and the child with it
+        with self._lock, contextlib.suppress(RuntimeError):  # closed, and the child with it
+            session.closed = True
+            if session.cell is not None:
+                session.cell.cancel()  # or it would start another child
             self._loop.call_soon_threadsafe(end)
 
     def stop(self) -> None:
@@ -227,7 +241,7 @@ class Host:
     async def _attempts(self, code: str, seed: int, echo: bool, session: Session | None) -> Result:
         for _ in range(_ATTEMPTS):
             try:
-                if session is not None:
+                if session is not None and session.mode != "fresh":
                     return await self._next_cell(session, code, seed, echo)
                 result = await self._cell(await self._child(session=False), code, seed, echo)
                 # Not while it runs, if nobody waits: the fork server would compete with it.
