@@ -55,6 +55,8 @@ class Session:
     closed: bool = False
     history: list[str] = field(default_factory=list)
     """Cells that succeeded, in order: run again in a new child when the old one is lost."""
+    stained: bool = False
+    """A cell that is not in ``history`` has left variables in the child."""
 
 
 class Zygote:
@@ -85,26 +87,28 @@ class Zygote:
                     cwd="/",
                     start_new_session=True,  # Ctrl-C in a notebook is not for it
                 )
-            with contextlib.suppress(OSError):  # it has ended already: its last words follow
-                socket.send_fds(self.control, [json.dumps(config).encode()], [host])
-            self.control.settimeout(_START_SECONDS)
-            reply = b""
-            with contextlib.suppress(OSError):
-                reply = self.control.recv(1 << 16)
-            self.about: dict[str, Any] = json.loads(reply) if reply else {}
-            if "error" in self.about or not reply:
-                self.kill()
-                words = self.process.stderr.read() if self.process.stderr else b""
-                lines = words.decode(errors="replace").strip().splitlines() or ["it said nothing"]
-                raise OSError(self.about.get("error") or lines[-1])
-            self.control.setblocking(False)
+            assert self.process.stderr is not None  # a pipe
+            with self.process.stderr as stderr:
+                with contextlib.suppress(OSError):  # it has ended already: its last words follow
+                    socket.send_fds(self.control, [json.dumps(config).encode()], [host])
+                self.control.settimeout(_START_SECONDS)
+                reply = b""
+                with contextlib.suppress(OSError):
+                    reply = self.control.recv(1 << 16)
+                self.about: dict[str, Any] = json.loads(reply) if reply else {}
+                if "error" in self.about or not reply:
+                    self.kill()
+                    words = stderr.read()
+                    lines = words.decode(errors="replace").strip().splitlines() or [
+                        "it said nothing"
+                    ]
+                    raise OSError(self.about.get("error") or lines[-1])
+                self.control.setblocking(False)
         except BaseException:
             self.control.close()
             raise
         finally:
             os.close(host)
-            if self.process.stderr is not None:
-                self.process.stderr.close()
 
     def kill(self) -> None:
         """End it; it ends and reaps its children, or else the kernel does."""
@@ -210,11 +214,7 @@ class Host:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._loop.remove_reader(self.zygote.control)
-        self.zygote.kill()
-        self.zygote.control.close()
-        for child in self._children.values():
-            child.ended(None, "closed")
+        self._drop("closed")
 
     async def _work(self, code: str, seed: int, echo: bool, session: Session | None) -> Result:
         """One run, from its place in the queue to its result."""
@@ -263,7 +263,12 @@ class Host:
             session.child.kill()
             variables = "kept" if variables == "restored" else variables
         elif session.child.gone:
-            variables = await self._rebuild(session, seed)
+            try:
+                variables = await self._rebuild(session, seed)
+            except _LostError:  # the next cell tries again; this one has run, and never runs twice
+                variables = "lost"
+        elif not result.ok:
+            session.stained = True
         return replace(result, variables=variables)
 
     async def _rebuild(self, session: Session, seed: int) -> Variables:
@@ -273,10 +278,11 @@ class Host:
             result = await self._cell(session.child, code, seed, False)
             if not result.ok:  # what worked once does not work again: nothing is promised
                 session.history.clear()
+                session.stained = True
                 session.child.kill()
-                session.child = await self._child(session=True)
-                return "lost"
-        return "restored" if session.history else "kept"
+                return await self._rebuild(session, seed)
+        stained, session.stained = session.stained, False
+        return "restored" if session.history else "lost" if stained else "kept"
 
     async def _cell(self, child: Child, code: str, seed: int, echo: bool) -> Result:
         """Run one cell within its limits."""
@@ -324,6 +330,8 @@ class Host:
     async def _child(self, *, session: bool) -> Child:
         """A child whose cage is shut."""
         if not session:
+            # Those that the kernel killed for memory are no fault of this run.
+            self._spares = deque(spare for spare in self._spares if not spare.gone)
             self._refill(self._spare_count if self._slots.locked() else 1)
         has_spare = not session and bool(self._spares)
         child = self._spares.popleft() if has_spare else self._fork(session=session)
@@ -364,7 +372,9 @@ class Host:
     def _told(self) -> None:
         """Hear the fork server."""
         try:
-            message, fds, _, _ = socket.recv_fds(self.zygote.control, 256, 1)
+            message, fds, _, _ = socket.recv_fds(
+                self.zygote.control, 256, 1, socket.MSG_CMSG_CLOEXEC
+            )
         except BlockingIOError:
             return
         except OSError:
@@ -373,29 +383,41 @@ class Host:
             self._lose("the fork server ended")
             return
         kind, number, *rest = message.split()
+        child = self._children.pop(int(number), None)
+        if child is None:  # given up below; it ended as its channel was closed
+            return
         if kind == b"born":
-            self._children[int(number)].born(fds[0])
+            try:
+                child.born(fds[0])
+                self._children[int(number)] = child
+            except (OSError, IndexError):  # the kernel drops descriptors that do not fit
+                child.ended(None, "no descriptor left for a child: see ulimit -n")
         elif kind == b"dead":
-            self._children.pop(int(number)).ended((int(rest[0]), float(rest[1])))
+            child.ended((int(rest[0]), float(rest[1])))
         else:
-            self._children.pop(int(number)).ended(None, os.strerror(int(rest[0])))
+            child.ended(None, os.strerror(int(rest[0])))
 
     def _lose(self, why: str) -> None:
         """End a fork server that is dead or mute, and start another."""
         self._last_fault = why
-        self._loop.remove_reader(self.zygote.control)
-        self.zygote.kill()
-        self.zygote.control.close()
-        self._spares.clear()
-        for child in self._children.values():
-            child.ended(None, why)
-        self._children.clear()
+        self._drop(why)
         try:
             self.zygote = self.start()
         except OSError as error:
             self._give_up(f"the fork server does not start again: {error}")
         else:
             self._loop.add_reader(self.zygote.control, self._told)
+
+    def _drop(self, why: str) -> None:
+        """End the fork server and its children."""
+        if self.zygote.control.fileno() >= 0:  # else it ended before, and no other one started
+            self._loop.remove_reader(self.zygote.control)
+            self.zygote.kill()
+            self.zygote.control.close()
+        self._spares.clear()
+        for child in self._children.values():
+            child.ended(None, why)
+        self._children.clear()
 
     def _give_up(self, why: str) -> None:
         """Stop for good: who waits, and who comes, is told why."""
