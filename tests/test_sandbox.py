@@ -16,9 +16,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from pathlib import Path
+from queue import Queue
 from unittest.mock import Mock
 
 import pytest
@@ -145,6 +146,28 @@ def test_the_traceback_shows_the_code_and_nothing_of_the_machinery(ex: PythonExe
     assert '  File "<cell>", line 4, in <module>' in lines and "    return 1 / x" in lines
     assert lines[-1] == result.error == "ZeroDivisionError: division by zero"
     assert "runner" not in result.traceback and "/" not in result.traceback.replace("1 / x", "")
+    wrong = ex.run("for i in range(3)\n    print(i)")
+    assert wrong.traceback.splitlines()[0] == '  File "<cell>", line 1'
+    with ex.session() as trace:
+        trace.run("def f(x):\n    return 1 / x\n")
+        lines = trace.run("f(0)").traceback.splitlines()
+    assert [line for line in lines if line.strip(" ^~")] == [
+        "Traceback (most recent call last):",
+        '  File "<cell 2>", line 1, in <module>',
+        "    f(0)",
+        '  File "<cell>", line 2, in f',
+        "    return 1 / x",
+        "ZeroDivisionError: division by zero",
+    ]
+
+
+def test_a_run_ends_as_a_program_does(ex: PythonExecutor) -> None:
+    result = ex.run("import atexit\natexit.register(print, 'bye')\nprint('hello')")
+    assert result.stdout == "hello\nbye\n"
+    later = "import threading, time\ndef f():\n    time.sleep(0.1)\n    print('later')\n"
+    assert ex.run(later + "threading.Thread(target=f).start()\nprint(1)").stdout == "1\nlater\n"
+    gone = ex.run("import sys\nprint(1)\ndel sys.stdout")
+    assert (gone.status, gone.stdout, gone.stderr) == ("ok", "1\n", "")
 
 
 def test_warnings_go_to_stderr(ex: PythonExecutor) -> None:
@@ -251,6 +274,11 @@ def test_random_numbers_and_hashes_repeat(ex: PythonExecutor) -> None:
     with ex.session() as trace:
         cells = [trace.run("import random\nprint(random.random())").stdout for _ in range(2)]
     assert cells[0] != cells[1] and first.startswith(cells[0].strip())
+
+
+def test_modules_of_python_itself_may_be_named() -> None:
+    with PythonExecutor(LIMITS, packages=("json", "sys")) as executor:
+        assert executor.run("import json\nprint(json.dumps(1))").stdout == "1\n"
 
 
 def test_the_callers_environment_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,6 +501,30 @@ def test_closing_cancels_what_runs() -> None:
         executor.close()  # once more does nothing
 
 
+def test_a_callback_may_submit_but_not_wait(bare: PythonExecutor) -> None:
+    told: Queue[object] = Queue()
+
+    def callback(_: object) -> None:
+        told.put(bare.submit("print(2)"))
+        try:
+            bare.run("print(3)")
+        except RuntimeError as error:
+            told.put(str(error))
+
+    bare.submit("import time\ntime.sleep(0.1)").add_done_callback(callback)
+    following = told.get(timeout=20)
+    assert isinstance(following, Future) and following.result(20).stdout == "2\n"
+    assert told.get(timeout=20) == "a future's callback would wait for itself here: use submit()"
+
+
+def test_run_all_takes_several_texts(bare: PythonExecutor) -> None:
+    with pytest.raises(TypeError, match=r"codes is one text: expected several; run\(\) takes one"):
+        bare.run_all("print(1)")
+    with pytest.raises(TypeError, match="code is NoneType"):
+        bare.run_all(["import time\ntime.sleep(60)"] * 2 + [None])  # type: ignore[list-item]
+    assert bare.run("print(1)").ok  # the others have been cancelled and hold no place
+
+
 # Faults of the machinery -----------------------------------------------------------------------
 
 
@@ -500,6 +552,21 @@ def test_spare_children_that_died_are_not_the_next_runs_fault() -> None:
             os.kill(child.pid, signal.SIGKILL)
         wait_for(lambda: all(child.gone for child in spares))
         assert [result.status for result in executor.run_all(["print(1)"] * 4)] == ["ok"] * 4
+
+
+def test_a_child_that_dies_before_it_has_its_cell(bare: PythonExecutor) -> None:
+    """The half sent cell must not stay in the loop under a number that others get."""
+    assert all(result.ok for result in bare.run_all(["print(1)"] * 4))
+    wait_for(lambda: all(child.ready.done() for child in list(bare._host._children.values())))
+    before = descriptors()
+    for child in bare._host._children.values():
+        os.kill(child.pid, signal.SIGSTOP)
+    futures = [bare.submit(f"print({i})\n" + "#" * 2_000_000) for i in range(2)]
+    time.sleep(0.1)
+    kill_server(bare)
+    assert [future.result(20).stdout for future in futures] == ["0\n", "1\n"]
+    assert [result.stdout for result in bare.run_all(["print(1)"] * 4)] == ["1\n"] * 4
+    wait_for(lambda: descriptors() <= before)
 
 
 def test_a_stopped_fork_server_is_given_up(
@@ -798,6 +865,13 @@ def test_limits_are_checked(field: str, value: object, message: str) -> None:
         ({"isolation": "E"}, ValueError, "isolation='E': expected one of"),
         ({"running": 0}, ValueError, "running=0: expected 1 to 1024"),
         ({"seed": -1}, ValueError, "seed=-1: expected a whole number"),
+        ({"running": "4"}, ValueError, "running='4': expected 1 to 1024"),
+        ({"running": 2.5}, ValueError, r"running=2\.5: expected 1 to 1024"),
+        ({"echo": "yes"}, TypeError, "echo='yes': expected True or False"),
+        ({"allow_degraded": 1}, TypeError, "allow_degraded=1: expected True or False"),
+        ({"limits": {"cpu_seconds": 1}}, TypeError, "limits={'cpu_seconds': 1}: expected Limits"),
+        ({"packages": "numpy"}, TypeError, "packages='numpy': expected a sequence of names"),
+        ({"packages": (1,)}, TypeError, r"packages=\(1,\): expected a sequence of names"),
         ({"packages": ("nosuch",)}, ModuleNotFoundError, "'nosuch' is not an importable package"),
     ],
 )

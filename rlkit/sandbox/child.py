@@ -97,6 +97,7 @@ class Child:
         self.gone, self.lost = True, how is None
         for fd in (self.channel, *self.outputs):
             self.loop.remove_reader(fd)
+        self.loop.remove_writer(self.channel)  # of a cell half sent; the number is soon another's
         self.channel.close()
         for fd in (*self.outputs, self.pidfd):
             if fd >= 0:
