@@ -517,6 +517,14 @@ def test_a_callback_may_submit_but_not_wait(bare: PythonExecutor) -> None:
     assert told.get(timeout=20) == "a future's callback would wait for itself here: use submit()"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_exit_in_a_callback_closes(bare: PythonExecutor) -> None:
+    bare.submit("import time\ntime.sleep(0.1)").add_done_callback(lambda _: sys.exit(1))
+    bare._host.thread.join(20)
+    with pytest.raises(InfraError, match="this executor is closed"):
+        bare.run("print(1)")
+
+
 def test_run_all_takes_several_texts(bare: PythonExecutor) -> None:
     with pytest.raises(TypeError, match=r"codes is one text: expected several; run\(\) takes one"):
         bare.run_all("print(1)")

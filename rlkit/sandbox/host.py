@@ -206,6 +206,8 @@ class Host:
         try:
             self._loop.run_forever()
         finally:
+            with self._lock:  # also if a future's callback has ended the loop by sys.exit
+                self._closed = True
             self._loop.run_until_complete(self._end())
             self._loop.close()
 
