@@ -8,9 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import os
 import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -25,7 +28,7 @@ from unittest.mock import Mock
 import pytest
 
 from rlkit.sandbox import InfraError, IsolationError, Limits, PythonExecutor, executor, host
-from rlkit.sandbox.child import Output
+from rlkit.sandbox.child import Child, Output
 from rlkit.sandbox.host import State
 from rlkit.sandbox.levels import attempts
 
@@ -250,6 +253,23 @@ def test_a_forged_report_is_not_a_status(ex: PythonExecutor) -> None:
     deep = "import os, struct\nt = b'[' * 100_000\nos.write(3, struct.pack('!I', len(t)) + t)"
     assert ex.run(deep).status == "error"
     assert ex.run("import os\nwhile True: os.write(3, b'x' * 1000)").status == "output"
+
+
+def test_a_report_that_is_heard_only_at_the_end_is_heard_whole() -> None:
+    async def main() -> str:
+        child = Child(LIMITS, session=False)
+        for fd in child.ends[1:]:
+            os.close(fd)
+        with socket.socket(fileno=child.ends[0]) as channel:
+            channel.send(b"R")
+            child._heard()
+            child.begin()
+            report = json.dumps({"kind": "error", "error": "\U0001f600" * 8_000}).encode()
+            channel.sendall(struct.pack("!I", len(report)) + report)
+            child.ended((0, 0.1))
+        return child.result().error
+
+    assert asyncio.run(main()) == "\U0001f600" * 8_000
 
 
 # Nothing is shared, everything is repeatable ---------------------------------------------------

@@ -183,6 +183,8 @@ class Host:
             if session.child is not None:
                 session.child.kill()
 
+        if os.getpid() != self.pid:  # in a fork of the host another thread may hold the lock
+            return
         with self._lock, contextlib.suppress(RuntimeError):  # closed, and the child with it
             session.closed = True
             if session.cell is not None:
