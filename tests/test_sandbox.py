@@ -27,7 +27,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from rlkit.sandbox import InfraError, IsolationError, Limits, PythonExecutor, executor, host
+from rlkit.sandbox import InfraError, IsolationError, Limits, PythonExecutor, Result, executor, host
 from rlkit.sandbox.child import Child, Output
 from rlkit.sandbox.host import State
 from rlkit.sandbox.levels import attempts
@@ -844,6 +844,18 @@ def test_a_fork_server_that_does_not_start_again_is_told() -> None:
         with pytest.raises(InfraError, match="no memory"):
             executor.run("print(1)")
     assert descriptors() == before and start.call_count == 1
+
+
+def test_a_run_that_had_not_begun_when_all_stopped_is_told_why(bare: PythonExecutor) -> None:
+    futures: Queue[Future[Result]] = Queue()
+
+    def stop() -> None:
+        futures.put(bare.submit("print(1)"))
+        bare._host._loop.call_soon(bare._host._give_up, "no more")  # its task is there by then
+
+    bare._host._loop.call_soon_threadsafe(stop)
+    with pytest.raises(InfraError, match="no more"):
+        futures.get(timeout=20).result(timeout=20)
 
 
 def test_a_program_that_is_missing_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

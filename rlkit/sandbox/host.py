@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import itertools
 import json
 import os
@@ -427,7 +428,9 @@ class Host:
         """Stop for good: who waits, and who comes, is told why."""
         self.broken = self.broken or why
         for task in asyncio.all_tasks(self._loop):
-            if task is not asyncio.current_task(self._loop):
+            # One that has not begun would end without a word; it finds out by itself.
+            begun = inspect.getcoroutinestate(task.get_coro()) != inspect.CORO_CREATED  # type: ignore[arg-type]
+            if begun and task is not asyncio.current_task(self._loop):
                 task.cancel(why)
 
     def _failed(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
