@@ -169,6 +169,7 @@ def test_a_run_ends_as_a_program_does(ex: PythonExecutor) -> None:
     assert result.stdout == "hello\nbye\n"
     later = "import threading, time\ndef f():\n    time.sleep(0.1)\n    print('later')\n"
     assert ex.run(later + "threading.Thread(target=f).start()\nprint(1)").stdout == "1\nlater\n"
+    assert ex.run("help(len)").stdout.startswith("Help on built-in function len")
     gone = ex.run("import sys\nprint(1)\ndel sys.stdout")
     assert (gone.status, gone.stdout, gone.stderr) == ("ok", "1\n", "")
 

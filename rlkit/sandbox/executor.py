@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, get_args
 
 from rlkit.sandbox.host import Host, InfraError, Session, State, Zygote
@@ -129,17 +128,9 @@ class PythonExecutor:
                 host.stop()
                 rejected.append(f"{name}: {'; '.join(problems)}")
                 continue
-            about = host.zygote.about
-            info = Info(
-                attempt.level,
-                layers,
-                not sees,
-                about["abi"],
-                about["python"],
-                self._packages,
-                tuple(rejected),
-            )
-            return host, info
+            abi, python = host.zygote.about["abi"], host.zygote.about["python"]
+            facts = (not sees, abi, python, self._packages, tuple(rejected))
+            return host, Info(attempt.level, layers, *facts)
         raise IsolationError(
             f"No isolation of level {least} or better holds on this host:\n  "
             + "\n  ".join(rejected)
@@ -210,23 +201,13 @@ class PythonExecutor:
     def __enter__(self) -> PythonExecutor:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     async def __aenter__(self) -> PythonExecutor:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await asyncio.to_thread(self.close)
 
 
@@ -260,12 +241,7 @@ class Trace:
     def __enter__(self) -> Trace:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
