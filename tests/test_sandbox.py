@@ -450,7 +450,7 @@ def test_closing_a_session_cancels_its_cell(
     gc.collect()
     with pytest.raises(CancelledError):
         dropped.result(timeout=5)
-    wait_for(lambda: not any(child.session for child in bare._host._children.values()))
+    wait_for(lambda: not any(c.session for c in list(bare._host._children.values())))
 
 
 # Many at once ----------------------------------------------------------------------------------
@@ -588,7 +588,7 @@ def test_a_child_that_dies_before_it_has_its_cell(bare: PythonExecutor) -> None:
     assert all(result.ok for result in bare.run_all(["print(1)"] * 4))
     wait_for(lambda: all(child.ready.done() for child in list(bare._host._children.values())))
     before = descriptors()
-    for child in bare._host._children.values():
+    for child in list(bare._host._children.values()):
         os.kill(child.pid, signal.SIGSTOP)
     futures = [bare.submit(f"print({i})\n" + "#" * 2_000_000) for i in range(2)]
     time.sleep(0.1)
