@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import json
 import os
 import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from pathlib import Path
+from queue import Queue
+from unittest.mock import Mock
 
 import pytest
 
-from rlkit.sandbox import InfraError, IsolationError, Limits, PythonExecutor, executor, host
-from rlkit.sandbox.child import Output
+from rlkit.sandbox import InfraError, IsolationError, Limits, PythonExecutor, Result, executor, host
+from rlkit.sandbox.child import Child, Output
+from rlkit.sandbox.host import State
 from rlkit.sandbox.levels import attempts
 
 LIMITS = Limits(cpu_seconds=1.0, wall_seconds=3.0, memory_mib=256)
@@ -142,6 +149,29 @@ def test_the_traceback_shows_the_code_and_nothing_of_the_machinery(ex: PythonExe
     assert '  File "<cell>", line 4, in <module>' in lines and "    return 1 / x" in lines
     assert lines[-1] == result.error == "ZeroDivisionError: division by zero"
     assert "runner" not in result.traceback and "/" not in result.traceback.replace("1 / x", "")
+    wrong = ex.run("for i in range(3)\n    print(i)")
+    assert wrong.traceback.splitlines()[0] == '  File "<cell>", line 1'
+    with ex.session() as trace:
+        trace.run("def f(x):\n    return 1 / x\n")
+        lines = trace.run("f(0)").traceback.splitlines()
+    assert [line for line in lines if line.strip(" ^~")] == [
+        "Traceback (most recent call last):",
+        '  File "<cell 2>", line 1, in <module>',
+        "    f(0)",
+        '  File "<cell>", line 2, in f',
+        "    return 1 / x",
+        "ZeroDivisionError: division by zero",
+    ]
+
+
+def test_a_run_ends_as_a_program_does(ex: PythonExecutor) -> None:
+    result = ex.run("import atexit\natexit.register(print, 'bye')\nprint('hello')")
+    assert result.stdout == "hello\nbye\n"
+    later = "import threading, time\ndef f():\n    time.sleep(0.1)\n    print('later')\n"
+    assert ex.run(later + "threading.Thread(target=f).start()\nprint(1)").stdout == "1\nlater\n"
+    assert ex.run("help(len)").stdout.startswith("Help on built-in function len")
+    gone = ex.run("import sys\nprint(1)\ndel sys.stdout")
+    assert (gone.status, gone.stdout, gone.stderr) == ("ok", "1\n", "")
 
 
 def test_warnings_go_to_stderr(ex: PythonExecutor) -> None:
@@ -226,6 +256,23 @@ def test_a_forged_report_is_not_a_status(ex: PythonExecutor) -> None:
     assert ex.run("import os\nwhile True: os.write(3, b'x' * 1000)").status == "output"
 
 
+def test_a_report_that_is_heard_only_at_the_end_is_heard_whole() -> None:
+    async def main() -> str:
+        child = Child(LIMITS, session=False)
+        for fd in child.ends[1:]:
+            os.close(fd)
+        with socket.socket(fileno=child.ends[0]) as channel:
+            channel.send(b"R")
+            child._heard()
+            child.begin()
+            report = json.dumps({"kind": "error", "error": "\U0001f600" * 8_000}).encode()
+            channel.sendall(struct.pack("!I", len(report)) + report)
+            child.ended((0, 0.1))
+        return child.result().error
+
+    assert asyncio.run(main()) == "\U0001f600" * 8_000
+
+
 # Nothing is shared, everything is repeatable ---------------------------------------------------
 
 
@@ -248,6 +295,11 @@ def test_random_numbers_and_hashes_repeat(ex: PythonExecutor) -> None:
     with ex.session() as trace:
         cells = [trace.run("import random\nprint(random.random())").stdout for _ in range(2)]
     assert cells[0] != cells[1] and first.startswith(cells[0].strip())
+
+
+def test_modules_of_python_itself_may_be_named() -> None:
+    with PythonExecutor(LIMITS, packages=("json", "sys")) as executor:
+        assert executor.run("import json\nprint(json.dumps(1))").stdout == "1\n"
 
 
 def test_the_callers_environment_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,6 +359,29 @@ def test_what_cannot_be_rebuilt_is_called_lost(bare: PythonExecutor) -> None:
         assert trace.run("y = 1").variables == "kept"
 
 
+def test_variables_of_failed_cells_alone_are_lost_with_their_child(bare: PythonExecutor) -> None:
+    with bare.session() as trace:
+        assert trace.run("import os\nos._exit(0)").variables == "kept"  # there were none
+        assert trace.run("x = 1\n1/0").variables == "kept"
+        assert trace.run("import os\nos._exit(0)").variables == "lost"
+        assert trace.run("x = 2").variables == "kept"
+        assert trace.run("import os\nos._exit(0)").variables == "restored"
+
+
+def test_a_cell_runs_once_even_if_no_child_follows(
+    bare: PythonExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bare.session() as trace:
+        assert trace.run("x = 1").ok
+        monkeypatch.setattr(bare._host, "_fork", Mock(side_effect=host._LostError("no more")))
+        ended = trace.run("x += 1\nimport os\nos._exit(0)")
+        assert (ended.status, ended.variables) == ("error", "lost")
+        assert trace.run("x").status == "infra"
+        monkeypatch.undo()
+        restored = trace.run("x")
+        assert (restored.echo, restored.variables) == ("1", "restored")
+
+
 def test_replay_runs_the_earlier_cells_again(bare: PythonExecutor) -> None:
     with bare.session("replay") as trace:
         assert trace.run("x = 1\nprint('a')").stdout == "a\n"
@@ -333,13 +408,13 @@ def test_a_session_does_nothing_between_cells(bare: PythonExecutor) -> None:
         trace.run("import threading, time\nn = 0\ndef f():\n    global n\n    while True: n += 1")
         trace.run("threading.Thread(target=f, daemon=True).start()")
         first = int(trace.run("n").echo)
-        child = trace._session.child  # type: ignore[union-attr]
+        child = trace._session.child
         assert child is not None
         wait_for(lambda: Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2][1] == "T")
         used = child.cpu()
         time.sleep(0.3)
         assert child.cpu() - used < 0.01  # its last thread may have stopped a moment later
-        assert int(trace.run("n").echo) > first
+        assert trace.run(f"while n == {first}: time.sleep(0.001)").ok  # now it goes on
 
 
 def test_cells_do_not_overlap(bare: PythonExecutor) -> None:
@@ -352,10 +427,30 @@ def test_cells_do_not_overlap(bare: PythonExecutor) -> None:
 
 def test_a_closed_session_leaves_no_process(bare: PythonExecutor) -> None:
     trace = bare.session()
-    pid = int(trace.run("x = 1\n1").echo) and trace._session.child.pid  # type: ignore[union-attr]
-    assert alive(pid)
+    assert trace.run("x = 1").ok
+    child = trace._session.child
+    assert child is not None and alive(child.pid)
     trace.close()
-    wait_for(lambda: not alive(pid))
+    wait_for(lambda: not alive(child.pid))
+    with pytest.raises(RuntimeError, match="this session is closed"):
+        trace.run("x")
+
+
+@pytest.mark.parametrize("state", ["fresh", "session", "replay"])
+@pytest.mark.parametrize("pause", [0.0, 0.3])
+def test_closing_a_session_cancels_its_cell(
+    bare: PythonExecutor, state: State, pause: float
+) -> None:
+    with bare.session(state) as trace:
+        cell = trace.submit("import time\ntime.sleep(60)")
+        time.sleep(pause)
+    with pytest.raises(CancelledError):
+        cell.result(timeout=5)
+    dropped = bare.session(state).submit("import time\ntime.sleep(60)")  # nobody holds the trace
+    gc.collect()
+    with pytest.raises(CancelledError):
+        dropped.result(timeout=5)
+    wait_for(lambda: not any(c.session for c in list(bare._host._children.values())))
 
 
 # Many at once ----------------------------------------------------------------------------------
@@ -427,6 +522,38 @@ def test_closing_cancels_what_runs() -> None:
         executor.close()  # once more does nothing
 
 
+def test_a_callback_may_submit_but_not_wait(bare: PythonExecutor) -> None:
+    told: Queue[object] = Queue()
+
+    def callback(_: object) -> None:
+        told.put(bare.submit("print(2)"))
+        try:
+            bare.run("print(3)")
+        except RuntimeError as error:
+            told.put(str(error))
+
+    bare.submit("import time\ntime.sleep(0.1)").add_done_callback(callback)
+    following = told.get(timeout=20)
+    assert isinstance(following, Future) and following.result(20).stdout == "2\n"
+    assert told.get(timeout=20) == "a future's callback would wait for itself here: use submit()"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_exit_in_a_callback_closes(bare: PythonExecutor) -> None:
+    bare.submit("import time\ntime.sleep(0.1)").add_done_callback(lambda _: sys.exit(1))
+    bare._host.thread.join(20)
+    with pytest.raises(InfraError, match="this executor is closed"):
+        bare.run("print(1)")
+
+
+def test_run_all_takes_several_texts(bare: PythonExecutor) -> None:
+    with pytest.raises(TypeError, match=r"codes is one text: expected several; run\(\) takes one"):
+        bare.run_all("print(1)")
+    with pytest.raises(TypeError, match="code is NoneType"):
+        bare.run_all(["import time\ntime.sleep(60)"] * 2 + [None])  # type: ignore[list-item]
+    assert bare.run("print(1)").ok  # the others have been cancelled and hold no place
+
+
 # Faults of the machinery -----------------------------------------------------------------------
 
 
@@ -434,7 +561,7 @@ def test_a_dead_fork_server_is_replaced_and_runs_go_on(bare: PythonExecutor) -> 
     futures = [bare.submit(f"import time\ntime.sleep(0.3)\nprint({i})") for i in range(6)]
     with bare.session() as trace:
         trace.run("x = 41")
-        child = trace._session.child  # type: ignore[union-attr]
+        child = trace._session.child
         assert child is not None
         kill_server(bare)
         wait_for(lambda: child.gone)
@@ -444,14 +571,31 @@ def test_a_dead_fork_server_is_replaced_and_runs_go_on(bare: PythonExecutor) -> 
     assert bare.counts["infra"] == 0
 
 
-def test_a_spare_child_that_died_is_not_the_next_runs_fault(bare: PythonExecutor) -> None:
-    assert bare.run("print(1)").ok
-    wait_for(lambda: all(child.ready.done() for child in bare._host._children.values()))
-    spares = list(bare._host._children.values())
-    for child in spares:
-        os.kill(child.pid, signal.SIGKILL)
-    wait_for(lambda: all(child.gone for child in spares))
-    assert [result.status for result in bare.run_all(["print(1)"] * 4)] == ["ok"] * 4
+def test_spare_children_that_died_are_not_the_next_runs_fault() -> None:
+    with PythonExecutor(LIMITS, packages=(), running=8) as executor:
+        assert executor.run("print(1)").ok
+        wait_for(lambda: len(executor._host._children) == 8)
+        spares = list(executor._host._children.values())
+        wait_for(lambda: all(child.ready.done() for child in spares))
+        for child in spares:
+            os.kill(child.pid, signal.SIGKILL)
+        wait_for(lambda: all(child.gone for child in spares))
+        assert [result.status for result in executor.run_all(["print(1)"] * 4)] == ["ok"] * 4
+
+
+def test_a_child_that_dies_before_it_has_its_cell(bare: PythonExecutor) -> None:
+    """The half sent cell must not stay in the loop under a number that others get."""
+    assert all(result.ok for result in bare.run_all(["print(1)"] * 4))
+    wait_for(lambda: all(child.ready.done() for child in list(bare._host._children.values())))
+    before = descriptors()
+    for child in list(bare._host._children.values()):
+        os.kill(child.pid, signal.SIGSTOP)
+    futures = [bare.submit(f"print({i})\n" + "#" * 2_000_000) for i in range(2)]
+    time.sleep(0.1)
+    kill_server(bare)
+    assert [future.result(20).stdout for future in futures] == ["0\n", "1\n"]
+    assert [result.stdout for result in bare.run_all(["print(1)"] * 4)] == ["1\n"] * 4
+    wait_for(lambda: descriptors() <= before)
 
 
 def test_a_stopped_fork_server_is_given_up(
@@ -671,6 +815,58 @@ def test_too_many_sessions_are_a_fault_of_the_machinery(bare: PythonExecutor) ->
     wait_for(lambda: descriptors() <= opened + 8)  # spare children that were on their way
 
 
+def test_descriptors_that_do_not_fit_stop_no_other_run(bare: PythonExecutor) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    bare._host._slots = asyncio.Semaphore(20)  # their children are on their way together
+    assert bare.run("print(1)").ok
+    wait_for(lambda: all(child.ready.done() for child in list(bare._host._children.values())))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() + 30, hard))
+    traces = [bare.session() for _ in range(12)]
+    try:
+        statuses = [future.result().status for future in [t.submit("x = 1") for t in traces]]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert set(statuses) == {"ok", "infra"}
+    for trace in traces:
+        trace.close()
+    assert bare.run("print(1)").ok
+    wait_for(lambda: not any(c.session for c in list(bare._host._children.values())))
+
+
+def test_a_fork_server_that_does_not_start_again_is_told() -> None:
+    before = descriptors()
+    with PythonExecutor(LIMITS, packages=()) as executor:
+        start = Mock(side_effect=OSError("no memory"))
+        executor._host.start = start
+        future = executor.submit("import time\ntime.sleep(60)")
+        kill_server(executor)
+        with pytest.raises(InfraError, match="the fork server does not start again: no memory"):
+            future.result(timeout=20)
+        with pytest.raises(InfraError, match="no memory"):
+            executor.run("print(1)")
+    assert descriptors() == before and start.call_count == 1
+
+
+def test_a_run_that_had_not_begun_when_all_stopped_is_told_why(bare: PythonExecutor) -> None:
+    futures: Queue[Future[Result]] = Queue()
+
+    def stop() -> None:
+        futures.put(bare.submit("print(1)"))
+        bare._host._loop.call_soon(bare._host._give_up, "no more")  # its task is there by then
+
+    bare._host._loop.call_soon_threadsafe(stop)
+    with pytest.raises(InfraError, match="no more"):
+        futures.get(timeout=20).result(timeout=20)
+
+
+def test_a_program_that_is_missing_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "shell", lambda *_: ["/nonexistent/bwrap"])
+    before = descriptors()
+    with pytest.raises(IsolationError, match="No such file or directory: '/nonexistent/bwrap'"):
+        PythonExecutor(packages=())
+    assert descriptors() == before
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may change its root folder")
 def test_root_without_landlock_gets_an_empty_root_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     chroot = [a for a in attempts(root=True) if "chroot" in a.layers]
@@ -710,6 +906,13 @@ def test_limits_are_checked(field: str, value: object, message: str) -> None:
         ({"isolation": "E"}, ValueError, "isolation='E': expected one of"),
         ({"running": 0}, ValueError, "running=0: expected 1 to 1024"),
         ({"seed": -1}, ValueError, "seed=-1: expected a whole number"),
+        ({"running": "4"}, ValueError, "running='4': expected 1 to 1024"),
+        ({"running": 2.5}, ValueError, r"running=2\.5: expected 1 to 1024"),
+        ({"echo": "yes"}, TypeError, "echo='yes': expected True or False"),
+        ({"allow_degraded": 1}, TypeError, "allow_degraded=1: expected True or False"),
+        ({"limits": {"cpu_seconds": 1}}, TypeError, "limits={'cpu_seconds': 1}: expected Limits"),
+        ({"packages": "numpy"}, TypeError, "packages='numpy': expected a sequence of names"),
+        ({"packages": (1,)}, TypeError, r"packages=\(1,\): expected a sequence of names"),
         ({"packages": ("nosuch",)}, ModuleNotFoundError, "'nosuch' is not an importable package"),
     ],
 )

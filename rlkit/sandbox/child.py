@@ -93,10 +93,12 @@ class Child:
     def ended(self, how: tuple[int, float] | None, why: str = "") -> None:
         """It is gone (``how``), or nobody knows (None: its fork server was lost)."""
         self._drain()
-        self._heard()
+        while self._heard():
+            pass
         self.gone, self.lost = True, how is None
         for fd in (self.channel, *self.outputs):
             self.loop.remove_reader(fd)
+        self.loop.remove_writer(self.channel)  # of a cell half sent; the number is soon another's
         self.channel.close()
         for fd in (*self.outputs, self.pidfd):
             if fd >= 0:
@@ -204,32 +206,33 @@ class Child:
         if self._shut and self.pidfd >= 0 and not self.ready.done():
             self.ready.set_result("")
 
-    def _heard(self) -> None:
+    def _heard(self) -> bool:
+        """Take one piece of its report; False if there is none."""
         try:
             data = b"" if self.gone else self.channel.recv(1 << 16)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data = b""
         if not data:
             if not self.gone:
                 self.loop.remove_reader(self.channel)
-            return
+            return False
         if not self._shut:
             self._shut = True
             self._now_ready()
-            return
+            return True
         self._report += data
         if len(self._report) > _REPORT_BYTES:
             self.kill("output")
-            return
+            return False
         if self.session and not self.over.done():
             self._told = _parse(self._report)
-            if self._told is None:
-                return
-            self._drain()
-            self.signal(signal.SIGSTOP)  # nothing of it runs on while nobody counts
-            self.over.set_result(None)
+            if self._told is not None:
+                self._drain()
+                self.signal(signal.SIGSTOP)  # nothing of it runs on while nobody counts
+                self.over.set_result(None)
+        return True
 
     def _read(self, index: int) -> bool:
         """Take one piece of output; False if there is none."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import sys
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,7 +14,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, get_args
 
 from rlkit.sandbox.host import Host, InfraError, Session, State, Zygote
@@ -83,14 +84,21 @@ class PythonExecutor:
         echo: bool = True,
         _without: Sequence[str] = (),
     ) -> None:
+        if not isinstance(limits, Limits | None):
+            raise TypeError(f"limits={limits!r}: expected Limits(...)")
+        if isinstance(packages, str) or not all(isinstance(name, str) for name in packages):
+            raise TypeError(f"packages={packages!r}: expected a sequence of names")
+        for name, flag in (("allow_degraded", allow_degraded), ("echo", echo)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name}={flag!r}: expected True or False")
         if isolation not in get_args(Level):
             raise ValueError(f"isolation={isolation!r}: expected one of {get_args(Level)}")
-        if running is not None and not 1 <= running <= 1024:
+        if running is not None and (type(running) is not int or not 1 <= running <= 1024):
             raise ValueError(f"running={running!r}: expected 1 to 1024 runs at once")
         self.limits = limits or Limits()
         self.seed, self.echo = _checked_seed(seed), echo
         self._running = running or max(2, len(os.sched_getaffinity(0)))
-        self._packages = tuple(packages)
+        self._packages = tuple(name for name in packages if name not in sys.stdlib_module_names)
         self._roots = _roots(self._packages)
         self._host, self.info = self._best(isolation, allow_degraded, frozenset(_without))
         self._finalizer = weakref.finalize(self, self._host.stop)
@@ -120,17 +128,9 @@ class PythonExecutor:
                 host.stop()
                 rejected.append(f"{name}: {'; '.join(problems)}")
                 continue
-            about = host.zygote.about
-            info = Info(
-                attempt.level,
-                layers,
-                not sees,
-                about["abi"],
-                about["python"],
-                self._packages,
-                tuple(rejected),
-            )
-            return host, info
+            abi, python = host.zygote.about["abi"], host.zygote.about["python"]
+            facts = (not sees, abi, python, self._packages, tuple(rejected))
+            return host, Info(attempt.level, layers, *facts)
         raise IsolationError(
             f"No isolation of level {least} or better holds on this host:\n  "
             + "\n  ".join(rejected)
@@ -147,6 +147,8 @@ class PythonExecutor:
     def submit(self, code: str, *, seed: int | None = None) -> Future[Result]:
         """Start a run with fresh variables; cancelling the future kills it.
 
+        Callbacks of the future run on the executor's own thread: all runs wait for them.
+
         Raises:
             InfraError: the machinery failed too often, or the executor is closed.
         """
@@ -160,13 +162,17 @@ class PythonExecutor:
 
     def run(self, code: str, *, seed: int | None = None) -> Result:
         """Run ``code`` with fresh variables and wait for its result."""
-        return _wait(self.submit(code, seed=seed))
+        return _wait(self._host, self.submit(code, seed=seed))
 
     def run_all(self, codes: Iterable[str]) -> list[Result]:
         """Run all ``codes``, each with fresh variables; results in order."""
-        futures = [self.submit(code) for code in codes]
+        if isinstance(codes, str):
+            raise TypeError("codes is one text: expected several; run() takes one")
+        futures: list[Future[Result]] = []
         try:
-            return [future.result() for future in futures]
+            for code in codes:
+                futures.append(self.submit(code))
+            return [_wait(self._host, future) for future in futures]
         finally:
             for future in futures:  # does nothing to finished ones
                 future.cancel()
@@ -195,23 +201,13 @@ class PythonExecutor:
     def __enter__(self) -> PythonExecutor:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     async def __aenter__(self) -> PythonExecutor:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await asyncio.to_thread(self.close)
 
 
@@ -219,51 +215,40 @@ class Trace:
     """Cells of one trace; made by ``PythonExecutor.session``. Cells run one after the other."""
 
     def __init__(self, executor: PythonExecutor, state: State) -> None:
-        self._executor = executor
-        self.state = state
-        self._session = None if state == "fresh" else Session(state)
-        self._last: Future[Result] | None = None
-        if self._session is not None:
-            self._finalizer = weakref.finalize(self, executor._host.end_session, self._session)
+        self._executor, self._session, self.state = executor, Session(state), state
+        self._finalizer = weakref.finalize(self, executor._host.end_session, self._session)
 
     def submit(self, code: str) -> Future[Result]:
         """Start the next cell.
 
         Raises:
-            RuntimeError: the cell before it still runs.
+            RuntimeError: the cell before it still runs, or the session is closed.
         """
-        if self._last is not None and not self._last.done():
-            raise RuntimeError("the cell before this one still runs: wait for its result first")
-        self._last = self._executor._submit(code, None, self._session)
-        return self._last
+        return self._executor._submit(code, None, self._session)
 
     def run(self, code: str) -> Result:
         """Run the next cell and wait for its result."""
-        return _wait(self.submit(code))
+        return _wait(self._executor._host, self.submit(code))
 
     async def arun(self, code: str) -> Result:
         """``run`` for asyncio."""
         return await asyncio.wrap_future(self.submit(code))
 
     def close(self) -> None:
-        """Let the variables go."""
-        if self._session is not None:
-            self._finalizer()
+        """Let the variables go; a cell that still runs is cancelled."""
+        self._finalizer()
 
     def __enter__(self) -> Trace:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
-def _wait(future: Future[Result]) -> Result:
+def _wait(host: Host, future: Future[Result]) -> Result:
     try:
+        if threading.current_thread() is host.thread:
+            raise RuntimeError("a future's callback would wait for itself here: use submit()")
         return future.result()
     finally:
         future.cancel()  # does nothing unless we are interrupted
@@ -278,7 +263,7 @@ def _in_session(host: Host, code: str) -> tuple[str, str]:
     session, limits = Session("replay"), host.limits
     host.limits = Limits()
     try:
-        result = _wait(host.submit(code, 0, False, session))
+        result = _wait(host, host.submit(code, 0, False, session))
     except InfraError as error:
         return "", str(error)
     finally:

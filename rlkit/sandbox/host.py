@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import itertools
 import json
 import os
@@ -47,12 +48,16 @@ class _LostError(Exception):
 
 @dataclass(eq=False)
 class Session:
-    """A trace whose cells share their variables."""
+    """A trace of cells; unless ``fresh``, they share their variables."""
 
     mode: State
     child: Child | None = None
+    cell: Future[Result] | None = None
+    closed: bool = False
     history: list[str] = field(default_factory=list)
     """Cells that succeeded, in order: run again in a new child when the old one is lost."""
+    stained: bool = False
+    """A cell that is not in ``history`` has left variables in the child."""
 
 
 class Zygote:
@@ -83,26 +88,28 @@ class Zygote:
                     cwd="/",
                     start_new_session=True,  # Ctrl-C in a notebook is not for it
                 )
-            with contextlib.suppress(OSError):  # it has ended already: its last words follow
-                socket.send_fds(self.control, [json.dumps(config).encode()], [host])
-            self.control.settimeout(_START_SECONDS)
-            reply = b""
-            with contextlib.suppress(OSError):
-                reply = self.control.recv(1 << 16)
-            self.about: dict[str, Any] = json.loads(reply) if reply else {}
-            if "error" in self.about or not reply:
-                self.kill()
-                words = self.process.stderr.read() if self.process.stderr else b""
-                lines = words.decode(errors="replace").strip().splitlines() or ["it said nothing"]
-                raise OSError(self.about.get("error") or lines[-1])
-            self.control.setblocking(False)
+            assert self.process.stderr is not None  # a pipe
+            with self.process.stderr as stderr:
+                with contextlib.suppress(OSError):  # it has ended already: its last words follow
+                    socket.send_fds(self.control, [json.dumps(config).encode()], [host])
+                self.control.settimeout(_START_SECONDS)
+                reply = b""
+                with contextlib.suppress(OSError):
+                    reply = self.control.recv(1 << 16)
+                self.about: dict[str, Any] = json.loads(reply) if reply else {}
+                if "error" in self.about or not reply:
+                    self.kill()
+                    words = stderr.read()
+                    lines = words.decode(errors="replace").strip().splitlines() or [
+                        "it said nothing"
+                    ]
+                    raise OSError(self.about.get("error") or lines[-1])
+                self.control.setblocking(False)
         except BaseException:
             self.control.close()
             raise
         finally:
             os.close(host)
-            if self.process.stderr is not None:
-                self.process.stderr.close()
 
     def kill(self) -> None:
         """End it; it ends and reaps its children, or else the kernel does."""
@@ -129,7 +136,8 @@ class Host:
         self.pid = os.getpid()
         self.counts: Counter[Status] = Counter()
         self.broken = ""
-        self._lock, self._closed = threading.Lock(), False
+        # Reentrant: the garbage collector may end a session in the midst of ``submit``.
+        self._lock, self._closed = threading.RLock(), False
         self._slots = asyncio.Semaphore(running)
         self._spare_count = min(running, _SPARES)
         self._spares: deque[Child] = deque()
@@ -149,6 +157,7 @@ class Host:
 
         Raises:
             InfraError: the machinery failed too often, or the executor is closed.
+            RuntimeError: the session is closed, or its cell before this one still runs.
         """
         if os.getpid() != self.pid:
             raise InfraError(
@@ -158,17 +167,29 @@ class Host:
         with self._lock:  # what is taken here is on the loop before the order to stop
             if self.broken or self._closed:
                 raise InfraError(self.broken or "this executor is closed")
+            if session is not None and session.closed:
+                raise RuntimeError("this session is closed: open another one")
+            if session is not None and session.cell is not None and not session.cell.done():
+                raise RuntimeError("the cell before this one still runs: wait for its result first")
             work = self._work(code, seed, echo, session)
-            return asyncio.run_coroutine_threadsafe(work, self._loop)
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            if session is not None:
+                session.cell = future
+            return future
 
     def end_session(self, session: Session) -> None:
-        """Let a session's child go."""
+        """Let a session's child go; a cell that still runs is cancelled."""
 
         def end() -> None:
             if session.child is not None:
                 session.child.kill()
 
-        with contextlib.suppress(RuntimeError):  # closed, and the child with it
+        if os.getpid() != self.pid:  # in a fork of the host another thread may hold the lock
+            return
+        with self._lock, contextlib.suppress(RuntimeError):  # closed, and the child with it
+            session.closed = True
+            if session.cell is not None:
+                session.cell.cancel()  # or it would start another child
             self._loop.call_soon_threadsafe(end)
 
     def stop(self) -> None:
@@ -188,6 +209,8 @@ class Host:
         try:
             self._loop.run_forever()
         finally:
+            with self._lock:  # also if a future's callback has ended the loop by sys.exit
+                self._closed = True
             self._loop.run_until_complete(self._end())
             self._loop.close()
 
@@ -196,11 +219,7 @@ class Host:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._loop.remove_reader(self.zygote.control)
-        self.zygote.kill()
-        self.zygote.control.close()
-        for child in self._children.values():
-            child.ended(None, "closed")
+        self._drop("closed")
 
     async def _work(self, code: str, seed: int, echo: bool, session: Session | None) -> Result:
         """One run, from its place in the queue to its result."""
@@ -227,7 +246,7 @@ class Host:
     async def _attempts(self, code: str, seed: int, echo: bool, session: Session | None) -> Result:
         for _ in range(_ATTEMPTS):
             try:
-                if session is not None:
+                if session is not None and session.mode != "fresh":
                     return await self._next_cell(session, code, seed, echo)
                 result = await self._cell(await self._child(session=False), code, seed, echo)
                 # Not while it runs, if nobody waits: the fork server would compete with it.
@@ -249,7 +268,12 @@ class Host:
             session.child.kill()
             variables = "kept" if variables == "restored" else variables
         elif session.child.gone:
-            variables = await self._rebuild(session, seed)
+            try:
+                variables = await self._rebuild(session, seed)
+            except _LostError:  # the next cell tries again; this one has run, and never runs twice
+                variables = "lost"
+        elif not result.ok:
+            session.stained = True
         return replace(result, variables=variables)
 
     async def _rebuild(self, session: Session, seed: int) -> Variables:
@@ -259,10 +283,11 @@ class Host:
             result = await self._cell(session.child, code, seed, False)
             if not result.ok:  # what worked once does not work again: nothing is promised
                 session.history.clear()
+                session.stained = True
                 session.child.kill()
-                session.child = await self._child(session=True)
-                return "lost"
-        return "restored" if session.history else "kept"
+                return await self._rebuild(session, seed)
+        stained, session.stained = session.stained, False
+        return "restored" if session.history else "lost" if stained else "kept"
 
     async def _cell(self, child: Child, code: str, seed: int, echo: bool) -> Result:
         """Run one cell within its limits."""
@@ -310,6 +335,8 @@ class Host:
     async def _child(self, *, session: bool) -> Child:
         """A child whose cage is shut."""
         if not session:
+            # Those that the kernel killed for memory are no fault of this run.
+            self._spares = deque(spare for spare in self._spares if not spare.gone)
             self._refill(self._spare_count if self._slots.locked() else 1)
         has_spare = not session and bool(self._spares)
         child = self._spares.popleft() if has_spare else self._fork(session=session)
@@ -350,7 +377,9 @@ class Host:
     def _told(self) -> None:
         """Hear the fork server."""
         try:
-            message, fds, _, _ = socket.recv_fds(self.zygote.control, 256, 1)
+            message, fds, _, _ = socket.recv_fds(
+                self.zygote.control, 256, 1, socket.MSG_CMSG_CLOEXEC
+            )
         except BlockingIOError:
             return
         except OSError:
@@ -359,23 +388,24 @@ class Host:
             self._lose("the fork server ended")
             return
         kind, number, *rest = message.split()
+        child = self._children.pop(int(number), None)
+        if child is None:  # given up below; it ended as its channel was closed
+            return
         if kind == b"born":
-            self._children[int(number)].born(fds[0])
+            try:
+                child.born(fds[0])
+                self._children[int(number)] = child
+            except (OSError, IndexError):  # the kernel drops descriptors that do not fit
+                child.ended(None, "no descriptor left for a child: see ulimit -n")
         elif kind == b"dead":
-            self._children.pop(int(number)).ended((int(rest[0]), float(rest[1])))
+            child.ended((int(rest[0]), float(rest[1])))
         else:
-            self._children.pop(int(number)).ended(None, os.strerror(int(rest[0])))
+            child.ended(None, os.strerror(int(rest[0])))
 
     def _lose(self, why: str) -> None:
         """End a fork server that is dead or mute, and start another."""
         self._last_fault = why
-        self._loop.remove_reader(self.zygote.control)
-        self.zygote.kill()
-        self.zygote.control.close()
-        self._spares.clear()
-        for child in self._children.values():
-            child.ended(None, why)
-        self._children.clear()
+        self._drop(why)
         try:
             self.zygote = self.start()
         except OSError as error:
@@ -383,11 +413,24 @@ class Host:
         else:
             self._loop.add_reader(self.zygote.control, self._told)
 
+    def _drop(self, why: str) -> None:
+        """End the fork server and its children."""
+        if self.zygote.control.fileno() >= 0:  # else it ended before, and no other one started
+            self._loop.remove_reader(self.zygote.control)
+            self.zygote.kill()
+            self.zygote.control.close()
+        self._spares.clear()
+        for child in self._children.values():
+            child.ended(None, why)
+        self._children.clear()
+
     def _give_up(self, why: str) -> None:
         """Stop for good: who waits, and who comes, is told why."""
         self.broken = self.broken or why
         for task in asyncio.all_tasks(self._loop):
-            if task is not asyncio.current_task(self._loop):
+            # One that has not begun would end without a word; it finds out by itself.
+            begun = inspect.getcoroutinestate(task.get_coro()) != inspect.CORO_CREATED  # type: ignore[arg-type]
+            if begun and task is not asyncio.current_task(self._loop):
                 task.cancel(why)
 
     def _failed(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from what it did itself and from the exit status (``executor``). Standard librar
 from __future__ import annotations
 
 import ast
+import atexit
 import builtins
 import errno
 import io
@@ -60,7 +61,9 @@ def serve() -> None:
         if last:
             # What the interpreter does at its end: lets idle executors go, waits for threads.
             _guarded(threading._shutdown)  # type: ignore[attr-defined]
-        for stream in (sys.stdout, *streams):
+            _guarded(atexit._run_exitfuncs)
+        _guarded(lambda: sys.stdout.flush())  # it may be another one by now, or none
+        for stream in streams:
             _guarded(stream.flush)
         text = json.dumps(report).encode()
         os.write(CHANNEL, struct.pack("!I", len(text)) + text)
@@ -101,8 +104,8 @@ def _describe(error: BaseException) -> dict[str, str]:
         kind = "refused"
     try:
         trace = error.__traceback__
-        while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
-            trace = trace.tb_next
+        while trace is not None and not trace.tb_frame.f_code.co_filename.startswith("<cell"):
+            trace = trace.tb_next  # ours, and ast.parse's
         lines = traceback.format_exception(type(error), error, trace, limit=-_FRAMES)
         last = traceback.format_exception_only(type(error), error)[-1]
         return {"kind": kind, "error": _cut(last.strip()), "traceback": _cut("".join(lines))}

@@ -70,7 +70,8 @@ def preload(packages: list[str], roots: list[str]) -> list[str]:
     sys.path += roots
     for name in [*MODULES, *packages]:
         importlib.import_module(name)
-    site.setquit()  # exit() and quit(), which -S leaves out
+    site.setquit()  # exit(), quit() and help(), which -S leaves out
+    site.sethelper()
     sys.argv = [""]
     if "numpy" in packages:
         exec(NUMPY_WARM_UP, {})
