@@ -155,6 +155,8 @@ class Child:
 
     def cpu(self) -> float:
         """CPU seconds of all its threads; 0 once it is gone."""
+        if self.pid <= 0:  # reaped before we saw it; these would be clocks of our own
+            return 0.0
         try:  # https://man7.org/linux/man-pages/man3/clock_getcpuclockid.3.html
             return time.clock_gettime((~self.pid << 3) | 2)
         except OSError:

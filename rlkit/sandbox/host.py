@@ -36,6 +36,7 @@ _ANSWER_SECONDS = 30.0  # the fork server answers in milliseconds; a mute one is
 _INTERRUPT_SECONDS = 0.5  # for a cell to end by KeyboardInterrupt, so that variables survive
 _ATTEMPTS = 3
 _SPARES = 8
+_CLOSED = "this executor is closed"
 
 
 class InfraError(RuntimeError):
@@ -116,6 +117,7 @@ class Zygote:
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             self.control.shutdown(socket.SHUT_RDWR)
             self.process.wait(1.0)
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)  # not waited for: still its own number
         self.process.wait()
@@ -137,7 +139,7 @@ class Host:
         self.counts: Counter[Status] = Counter()
         self.broken = ""
         # Reentrant: the garbage collector may end a session in the midst of ``submit``.
-        self._lock, self._closed = threading.RLock(), False
+        self._lock = threading.RLock()
         self._slots = asyncio.Semaphore(running)
         self._spare_count = min(running, _SPARES)
         self._spares: deque[Child] = deque()
@@ -165,8 +167,8 @@ class Host:
                 "executor in each process that runs code"
             )
         with self._lock:  # what is taken here is on the loop before the order to stop
-            if self.broken or self._closed:
-                raise InfraError(self.broken or "this executor is closed")
+            if self.broken:
+                raise InfraError(self.broken)
             if session is not None and session.closed:
                 raise RuntimeError("this session is closed: open another one")
             if session is not None and session.cell is not None and not session.cell.done():
@@ -193,10 +195,10 @@ class Host:
             self._loop.call_soon_threadsafe(end)
 
     def stop(self) -> None:
-        """End every child, the fork server and the thread; runs in flight are cancelled."""
+        """End every child, the fork server and the thread; who waits gets an InfraError."""
         if os.getpid() == self.pid:  # a forked copy of the host does not own the processes
             with self._lock:
-                self._closed = True
+                self.broken = self.broken or _CLOSED
             with contextlib.suppress(RuntimeError):  # it is closed
                 self._loop.call_soon_threadsafe(self._loop.stop)
             if threading.current_thread() is not self.thread:
@@ -210,16 +212,15 @@ class Host:
             self._loop.run_forever()
         finally:
             with self._lock:  # also if a future's callback has ended the loop by sys.exit
-                self._closed = True
+                self.broken = self.broken or _CLOSED
             self._loop.run_until_complete(self._end())
             self._loop.close()
 
     async def _end(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
+        self._give_up(_CLOSED)
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._drop("closed")
+        self._drop(_CLOSED)
 
     async def _work(self, code: str, seed: int, echo: bool, session: Session | None) -> Result:
         """One run, from its place in the queue to its result."""
@@ -356,7 +357,7 @@ class Host:
 
     def _refill(self, count: int) -> None:
         with contextlib.suppress(_LostError):  # told to the run that finds no spare
-            while len(self._spares) < count and not self._closed:
+            while len(self._spares) < count and not self.broken:
                 self._spares.append(self._fork(session=False))
 
     def _fork(self, *, session: bool) -> Child:
