@@ -79,14 +79,20 @@ def _null(argument: int) -> tuple[Check, Check]:
     return _is(argument, 0), (2 * argument + 1, 0xFFFFFFFF, (0,))
 
 
+def _signal(argument: int) -> Rule:
+    # Not SIGCONT (18): sent again and again, it takes back the stop of a session between its cells.
+    numbers = _is(argument, 0, 32, 48, 64, mask=~0xF), _is(argument, 16, 17, *range(19, 32))
+    return tuple((_is(0, OWN_PID), check) for check in numbers)
+
+
 _MESSAGE_FLAGS = 0x2 | 0x20 | 0x40 | 0x100 | 0x4000  # PEEK, TRUNC, DONTWAIT, WAITALL, NOSIGNAL
 _RULES: dict[str, Rule] = {
     # Exactly the flags of pthread_create (musl adds the bit of CLONE_DETACHED). A thread without
     # CLONE_FILES has its own descriptors: its pipes would escape both RLIMIT_NOFILE and RLIMIT_AS.
     "clone": ((_is(0, 0x3D0F00, mask=0xFFBFFFFF),),),
     "close_range": ((_without(2, ~0x4),),),  # CLOEXEC yes; UNSHARE is that same escape
-    "kill": ((_is(0, OWN_PID),),),
-    "tgkill": ((_is(0, OWN_PID),),),
+    "kill": _signal(1),
+    "tgkill": _signal(2),
     # WAIT, WAKE, REQUEUE, CMP_REQUEUE, WAKE_OP, *_BITSET, each also PRIVATE and CLOCK_REALTIME.
     # Not the priority-inheriting ones: nothing here needs them and they break kernels often.
     "futex": ((_is(1, 0, 1, 3, 4, 5, 9, 10, mask=~0x180),),),
@@ -95,8 +101,9 @@ _RULES: dict[str, Rule] = {
     # F_SETOWN, F_SETSIG (signals to others), F_SETPIPE_SZ (memory), F_NOTIFY, F_SETLEASE.
     "fcntl": (
         (_is(1, 4), _without(2, 0x2000)),  # F_SETFL
-        # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_GETLK, F_SETLK, F_SETLKW, DUPFD_CLOEXEC, GETPIPE_SZ
-        (_is(1, 0, 1, 2, 3, 5, 6, 7, 1030, 1032),),
+        # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ. No locks: F_GETLK tells
+        # one run what another has locked of a library, and without landlock they stop a writer.
+        (_is(1, 0, 1, 2, 3, 1030, 1032),),
     ),
     # TCGETS, TCGETS2 (glibc >= 2.42), TIOCGWINSZ, FIONREAD, FIONBIO, FIOCLEX, FIONCLEX; TIOCSTI
     # and TIOCLINUX would type into a terminal.
@@ -116,9 +123,7 @@ _NO_WRITING = 0x1 | 0x2 | 0x40 | 0x200 | 0x400 | 0x400000  # WRONLY RDWR CREAT T
 _READ_ONLY: dict[str, Rule] = {
     "open": ((_without(1, _NO_WRITING),),),
     "openat": ((_without(2, _NO_WRITING),),),
-    # Without landlock the files of others are readable: a read lock would stop their writer, and
-    # flushing or dropping their pages slows it.
-    "fcntl": (_RULES["fcntl"][0], (_is(1, 0, 1, 2, 3, 1030, 1032),)),
+    # Without landlock the files of others are readable: flushing or dropping pages slows them.
     **dict.fromkeys(("fsync", "fdatasync", "msync", "fadvise64"), ()),
 }
 
