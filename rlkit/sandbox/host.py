@@ -53,6 +53,9 @@ class Session:
     child: Child | None = None
     history: list[str] = field(default_factory=list)
     """Cells that succeeded, in order: run again in a new child when the old one is lost."""
+    busy: bool = False
+    closed: bool = False
+    """While a cell runs, its child is let go only after that cell."""
 
 
 class Zygote:
@@ -131,10 +134,12 @@ class Host:
         self.broken = ""
         self._lock, self._closed = threading.Lock(), False
         self._slots = asyncio.Semaphore(running)
+        self._births = asyncio.Semaphore(64)  # the fork server's socket holds some 250 orders
         self._spare_count = min(running, _SPARES)
         self._spares: deque[Child] = deque()
         self._children: dict[int, Child] = {}
-        self._numbers = itertools.count()
+        # From anywhere: else children of several executors, or containers, share users and limits.
+        self._numbers = itertools.count(int.from_bytes(os.urandom(2)))
         self._recent: deque[bool] = deque(maxlen=200)  # was it a fault of the machinery?
         self._last_fault = ""
         self._loop = asyncio.new_event_loop()
@@ -165,7 +170,8 @@ class Host:
         """Let a session's child go."""
 
         def end() -> None:
-            if session.child is not None:
+            session.closed = True
+            if session.child is not None and not session.busy:
                 session.child.kill()
 
         with contextlib.suppress(RuntimeError):  # closed, and the child with it
@@ -228,7 +234,13 @@ class Host:
         for _ in range(_ATTEMPTS):
             try:
                 if session is not None:
-                    return await self._next_cell(session, code, seed, echo)
+                    session.busy = True
+                    try:
+                        return await self._next_cell(session, code, seed, echo)
+                    finally:
+                        session.busy = False
+                        if session.closed and session.child is not None:
+                            session.child.kill()
                 result = await self._cell(await self._child(session=False), code, seed, echo)
                 # Not while it runs, if nobody waits: the fork server would compete with it.
                 self._loop.call_soon(self._refill, self._spare_count)
@@ -311,14 +323,15 @@ class Host:
         """A child whose cage is shut."""
         if not session:
             self._refill(self._spare_count if self._slots.locked() else 1)
-        has_spare = not session and bool(self._spares)
-        child = self._spares.popleft() if has_spare else self._fork(session=session)
-        try:
-            if not child.ready.done():
-                await asyncio.wait([child.ready], timeout=_ANSWER_SECONDS)
-        except asyncio.CancelledError:
-            child.kill()
-            raise
+        async with self._births:
+            has_spare = not session and bool(self._spares)
+            child = self._spares.popleft() if has_spare else self._fork(session=session)
+            try:
+                if not child.ready.done():
+                    await asyncio.wait([child.ready], timeout=_ANSWER_SECONDS)
+            except asyncio.CancelledError:
+                child.kill()
+                raise
         if not child.ready.done():
             self._lose("the fork server does not answer")  # resolves it
         why = child.ready.result() or ("it ended before its cell" if child.gone else "")
