@@ -11,15 +11,18 @@ import gc
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
@@ -232,6 +235,18 @@ def test_cpu_of_all_threads_counts(bare: PythonExecutor) -> None:
     )
     result = bare.run(code)
     assert result.status == "timeout" and result.cpu_seconds >= LIMITS.cpu_seconds
+
+
+def test_threads_do_not_pass_the_cpu_limit_between_two_looks(bare: PythonExecutor) -> None:
+    code = (
+        "import hashlib, threading, time\ndef f():\n    while time.thread_time() < 0.55:\n"
+        "        hashlib.pbkdf2_hmac('sha256', b'', b'', 9999)\n"  # without the interpreter's lock
+        "threads = [threading.Thread(target=f) for _ in range(2)]\n"
+        "for thread in threads: thread.start()\nfor thread in threads: thread.join()"
+    )
+    assert bare.run(code).status == "timeout"
+    with bare.session() as trace:
+        assert trace.run(code).status == "timeout"
 
 
 def test_code_of_any_kind_of_text(ex: PythonExecutor) -> None:
@@ -459,6 +474,16 @@ def test_closing_a_session_cancels_its_cell(
 def test_hundreds_in_flight(ex: PythonExecutor) -> None:
     results = ex.run_all(f"print({i} * {i})" for i in range(256))
     assert [int(result.stdout) for result in results] == [i * i for i in range(256)]
+
+
+@pytest.mark.skipif(
+    resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 4096, reason="needs 3000 descriptors"
+)
+def test_more_births_than_the_fork_servers_socket_holds() -> None:
+    with PythonExecutor(LIMITS, packages=(), running=450) as many, ExitStack() as stack:
+        traces = [stack.enter_context(many.session()) for _ in range(450)]
+        results = [cell.result() for cell in [trace.submit("1") for trace in traces]]
+    assert {result.status for result in results} == {"ok"}
 
 
 @pytest.mark.parametrize("runs", [12, pytest.param(64, marks=pytest.mark.slow)])
@@ -780,6 +805,25 @@ def test_a_leak_is_found_and_the_level_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(executor, "attempts", lambda root: holes)
     with pytest.raises(IsolationError, match=r"code in it got through to: .*writing files.*UDP"):
         PythonExecutor(isolation="D", packages=())
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no compiler")
+def test_a_package_of_one_file_does_not_open_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onefile.c").write_text(
+        "#include <Python.h>\nstatic struct PyModuleDef about = {PyModuleDef_HEAD_INIT, "
+        '"onefile"};\nPyMODINIT_FUNC PyInit_onefile(void) { return PyModule_Create(&about); }'
+    )
+    command = ["cc", "-shared", "-fPIC", "-I", sysconfig.get_path("include"), "onefile.c"]
+    if subprocess.run([*command, "-o", "onefile.so"], cwd=tmp_path, check=False).returncode:
+        pytest.skip("no headers of Python")
+    (tmp_path / "gold").write_text("42")
+    tmp_path.chmod(0o755)  # what stops a child of another user must be the cage
+    monkeypatch.syspath_prepend(tmp_path)
+    with PythonExecutor(LIMITS, packages=("onefile",)) as small:
+        assert small.run("import onefile").ok
+        assert small.run(f"open({str(tmp_path / 'gold')!r})").status in ("refused", "error")
 
 
 def test_without_landlock_reading_has_to_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:

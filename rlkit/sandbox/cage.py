@@ -85,6 +85,7 @@ def limit(limits: Mapping[str, float], base_bytes: int, *, session: bool, alone:
         ("CORE", 0),
         ("MEMLOCK", 0),
         ("MSGQUEUE", 0),
+        ("SIGPENDING", 64),  # counted per user: the trainer's own must not run out
     ):
         which = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(which)[1]

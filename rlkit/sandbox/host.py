@@ -141,10 +141,12 @@ class Host:
         # Reentrant: the garbage collector may end a session in the midst of ``submit``.
         self._lock = threading.RLock()
         self._slots = asyncio.Semaphore(running)
+        self._births = asyncio.Semaphore(64)  # the fork server's socket holds some 250 orders
         self._spare_count = min(running, _SPARES)
         self._spares: deque[Child] = deque()
         self._children: dict[int, Child] = {}
-        self._numbers = itertools.count()
+        # From anywhere: else children of several executors, or containers, share users and limits.
+        self._numbers = itertools.count(int.from_bytes(os.urandom(2)))
         self._recent: deque[bool] = deque(maxlen=200)  # was it a fault of the machinery?
         self._last_fault = ""
         self._loop = asyncio.new_event_loop()
@@ -339,14 +341,15 @@ class Host:
             # Those that the kernel killed for memory are no fault of this run.
             self._spares = deque(spare for spare in self._spares if not spare.gone)
             self._refill(self._spare_count if self._slots.locked() else 1)
-        has_spare = not session and bool(self._spares)
-        child = self._spares.popleft() if has_spare else self._fork(session=session)
-        try:
-            if not child.ready.done():
-                await asyncio.wait([child.ready], timeout=_ANSWER_SECONDS)
-        except asyncio.CancelledError:
-            child.kill()
-            raise
+        async with self._births:
+            has_spare = not session and bool(self._spares)
+            child = self._spares.popleft() if has_spare else self._fork(session=session)
+            try:
+                if not child.ready.done():
+                    await asyncio.wait([child.ready], timeout=_ANSWER_SECONDS)
+            except asyncio.CancelledError:
+                child.kill()
+                raise
         if not child.ready.done():
             self._lose("the fork server does not answer")  # resolves it
         why = child.ready.result() or ("it ended before its cell" if child.gone else "")

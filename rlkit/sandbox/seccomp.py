@@ -7,7 +7,8 @@ though they look harmless: ``tkill``, ``rt_sigqueueinfo`` and ``pidfd_*`` (signa
 descriptors), ``get_robust_list`` (addresses in other processes), ``process_madvise``,
 ``setpriority``, ``sched_setaffinity``, ``ioprio_set`` (change other processes), ``splice`` and
 ``sendfile`` (in-kernel passing of pages; ``shutil`` falls back to reading), ``openat2`` (its
-flags lie in memory, where no filter looks), ``mlock``, ``add_key``.
+flags lie in memory, where no filter looks), ``fsync`` and ``fadvise64`` (they slow the disk for
+all), ``mlock``, ``add_key``.
 
 The fork server loads this file by its path: standard library only. Sources:
 https://docs.kernel.org/userspace-api/seccomp_filter.html and the kernel's tables of call numbers.
@@ -40,14 +41,13 @@ _CALLS = """
     open 2 -, openat 257 56, fcntl 72 25, ioctl 16 29, stat 4 -, fstat 5 80, lstat 6 -,
     newfstatat 262 79, statx 332 291, access 21 -, faccessat 269 48, faccessat2 439 439,
     readlink 89 -, readlinkat 267 78, getdents64 217 61, getcwd 79 17, statfs 137 43,
-    fstatfs 138 44, umask 95 166, fsync 74 82, fdatasync 75 83, fadvise64 221 223,
+    fstatfs 138 44, umask 95 166,
     poll 7 -, ppoll 271 73, select 23 -, pselect6 270 72, epoll_create 213 -,
     epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22,
     epoll_pwait2 441 441, eventfd 284 -, eventfd2 290 19,
     socketpair 53 199, sendto 44 206, recvfrom 45 207, shutdown 48 210, getsockname 51 204,
     getpeername 52 205, getsockopt 55 209,
     mmap 9 222, munmap 11 215, mprotect 10 226, mremap 25 216, madvise 28 233, brk 12 214,
-    msync 26 227,
     clone 56 220, clone3 435 435, futex 202 98, set_robust_list 273 99, rseq 334 293,
     membarrier 324 283, set_tid_address 218 96, arch_prctl 158 -, prctl 157 167, exit 60 93,
     exit_group 231 94, sched_yield 24 124, sched_getaffinity 204 123, sched_getparam 143 121,
@@ -79,24 +79,32 @@ def _null(argument: int) -> tuple[Check, Check]:
     return _is(argument, 0), (2 * argument + 1, 0xFFFFFFFF, (0,))
 
 
+def _signal(argument: int) -> Rule:
+    # Not SIGCONT (18): sent again and again, it takes back the stop of a session between its cells.
+    numbers = _is(argument, 0, 32, 48, 64, mask=~0xF), _is(argument, 16, 17, *range(19, 32))
+    return tuple((_is(0, OWN_PID), check) for check in numbers)
+
+
 _MESSAGE_FLAGS = 0x2 | 0x20 | 0x40 | 0x100 | 0x4000  # PEEK, TRUNC, DONTWAIT, WAITALL, NOSIGNAL
 _RULES: dict[str, Rule] = {
     # Exactly the flags of pthread_create (musl adds the bit of CLONE_DETACHED). A thread without
     # CLONE_FILES has its own descriptors: its pipes would escape both RLIMIT_NOFILE and RLIMIT_AS.
     "clone": ((_is(0, 0x3D0F00, mask=0xFFBFFFFF),),),
     "close_range": ((_without(2, ~0x4),),),  # CLOEXEC yes; UNSHARE is that same escape
-    "kill": ((_is(0, OWN_PID),),),
-    "tgkill": ((_is(0, OWN_PID),),),
-    # WAIT, WAKE, REQUEUE, CMP_REQUEUE, WAKE_OP, *_BITSET, each also PRIVATE and CLOCK_REALTIME.
+    "kill": _signal(1),
+    "tgkill": _signal(2),
+    # WAIT and WAIT_BITSET; WAKE, REQUEUE, CMP_REQUEUE, WAKE_OP, WAKE_BITSET on private words only:
+    # on a page that two runs map, such as a library's, a wake-up would carry bits between them.
     # Not the priority-inheriting ones: nothing here needs them and they break kernels often.
-    "futex": ((_is(1, 0, 1, 3, 4, 5, 9, 10, mask=~0x180),),),
+    "futex": ((_is(1, 0, 9, mask=~0x180),), (_is(1, 129, 131, 132, 133, 138, mask=~0x100),)),
     "mmap": ((_without(3, 0x40000),),),  # MAP_HUGETLB: one pool for the whole host
     # O_ASYNC asks for signals to an owner, which for a terminal is the foreground job. Not
     # F_SETOWN, F_SETSIG (signals to others), F_SETPIPE_SZ (memory), F_NOTIFY, F_SETLEASE.
     "fcntl": (
         (_is(1, 4), _without(2, 0x2000)),  # F_SETFL
-        # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_GETLK, F_SETLK, F_SETLKW, DUPFD_CLOEXEC, GETPIPE_SZ
-        (_is(1, 0, 1, 2, 3, 5, 6, 7, 1030, 1032),),
+        # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ. No locks: F_GETLK tells
+        # one run what another has locked of a library, and without landlock they stop a writer.
+        (_is(1, 0, 1, 2, 3, 1030, 1032),),
     ),
     # TCGETS, TCGETS2 (glibc >= 2.42), TIOCGWINSZ, FIONREAD, FIONBIO, FIOCLEX, FIONCLEX; TIOCSTI
     # and TIOCLINUX would type into a terminal.
@@ -116,10 +124,6 @@ _NO_WRITING = 0x1 | 0x2 | 0x40 | 0x200 | 0x400 | 0x400000  # WRONLY RDWR CREAT T
 _READ_ONLY: dict[str, Rule] = {
     "open": ((_without(1, _NO_WRITING),),),
     "openat": ((_without(2, _NO_WRITING),),),
-    # Without landlock the files of others are readable: a read lock would stop their writer, and
-    # flushing or dropping their pages slows it.
-    "fcntl": (_RULES["fcntl"][0], (_is(1, 0, 1, 2, 3, 1030, 1032),)),
-    **dict.fromkeys(("fsync", "fdatasync", "msync", "fadvise64"), ()),
 }
 
 

@@ -83,10 +83,12 @@ def preload(packages: list[str], roots: list[str]) -> list[str]:
     for name in packages:
         module = sys.modules[name]
         readable.update(getattr(module, "__path__", [str(module.__file__)]))
+    places = {os.path.realpath(root) for root in roots}
     for line in Path("/proc/self/maps").read_text().splitlines():  # where shared libraries lie
         path = line.partition("/")[2]
         if ".so" in path:
-            readable.add(str(Path("/" + path).parent))
+            library = Path("/" + path)  # a module of one file may lie among the caller's own files
+            readable.add(str(library if str(library.parent) in places else library.parent))
     return sorted(readable)
 
 
