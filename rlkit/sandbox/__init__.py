@@ -33,7 +33,8 @@ Not covered:
 - threads made by raw system calls where children share a user (levels A and C without root):
   ``memory_mib`` bounds them only in so far as they have stacks;
 - page tables, which RLIMIT_AS does not count: up to about three times ``memory_mib`` in all;
-- time and cache side channels, also between runs that work together; what lies in Python's library folders is readable;
+- time and cache side channels, also between runs that work together;
+- what lies in Python's library folders is readable;
 - level D with ``allow_degraded``: files and memory of the user's processes are readable;
 - a run's own report: code can hide its error or forge the value of its last line, never a limit
   that it ran into, and nothing of another run. Rewards must not read it.
