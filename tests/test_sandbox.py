@@ -492,6 +492,12 @@ def test_waiting_for_a_core_is_no_time_of_the_run(ex: PythonExecutor, runs: int)
     assert [result.status for result in ex.run_all([code] * runs)] == ["ok"] * runs
 
 
+def test_runs_are_counted_by_status(bare: PythonExecutor) -> None:
+    assert bare.counts == {}
+    bare.run_all(["1", "1/0", "2", "import os\nos.fork()"])
+    assert bare.counts == {"ok": 2, "error": 1, "refused": 1}
+
+
 def test_any_thread_may_call(ex: PythonExecutor) -> None:
     found: dict[int, str] = {}
 
@@ -509,7 +515,7 @@ def test_any_thread_may_call(ex: PythonExecutor) -> None:
 def test_asyncio(ex: PythonExecutor) -> None:
     async def main() -> list[str]:
         results = await asyncio.gather(*[ex.arun(f"print({i})") for i in range(8)])
-        with ex.session() as trace:
+        async with ex.session() as trace:
             await trace.arun("x = 'kept'")
             results.append(await trace.arun("print(x)"))
         return [result.stdout for result in results]
@@ -746,14 +752,16 @@ def test_ten_thousand_mixed_runs_leave_nothing() -> None:
     def resident(pid: int | str) -> int:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) >> 8  # MiB
 
-    limits = replace(LIMITS, cpu_seconds=0.1, wall_seconds=0.2)
+    expected = ["ok"] * 44 + ["error"] * 4 + ["output", "error", "error", "memory"]
+    expected += ["timeout", "timeout", "ok"]
+    limits = replace(LIMITS, cpu_seconds=0.3, wall_seconds=0.6)
     with PythonExecutor(limits) as executor:
         temporary = {*Path("/tmp").iterdir()} if Path("/tmp").is_dir() else set()
         executor.run_all(mixed)
         opened, memory = descriptors(), resident("self")
         rounds = 10_000 // len(mixed)
         for i in range(rounds):
-            executor.run_all(mixed)
+            assert [result.status for result in executor.run_all(mixed)] == expected
             if i % 20 == 0:
                 with executor.session() as trace:
                     trace.run("x = 1")
@@ -761,8 +769,6 @@ def test_ten_thousand_mixed_runs_leave_nothing() -> None:
         wait_for(lambda: len(executor._host._children) <= executor._host._spare_count)
         assert descriptors() <= opened + 4
         assert resident("self") <= memory + 30
-        assert executor.counts["infra"] == 0
-        assert executor.counts["ok"] >= 45 * rounds
         zombies = [p for p in Path("/proc").iterdir() if p.name.isdigit() and _zombie(p)]
         assert not zombies
     assert {p for p in Path("/tmp").iterdir() if p.name.startswith("rlkit")} <= temporary
@@ -976,6 +982,7 @@ def test_memory_and_files_are_limited(ex: PythonExecutor) -> None:
     assert 50 <= int(opened.echo) <= 64
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="Python itself bounds C recursion there")
 def test_a_deep_recursion_fits_the_stack(ex: PythonExecutor) -> None:
     code = (
         "import sys, functools\nsys.setrecursionlimit(100_000)\n"

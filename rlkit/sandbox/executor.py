@@ -128,6 +128,7 @@ class PythonExecutor:
                 host.stop()
                 rejected.append(f"{name}: {'; '.join(problems)}")
                 continue
+            host.counts.clear()  # the self-test is nobody's run
             abi, python = host.zygote.about["abi"], host.zygote.about["python"]
             facts = (not sees, abi, python, self._packages, tuple(rejected))
             return host, Info(attempt.level, layers, *facts)
@@ -195,7 +196,7 @@ class PythonExecutor:
         return Trace(self, state)
 
     def close(self) -> None:
-        """End all processes; runs still in flight are cancelled."""
+        """End all processes; who still waits for a run gets an InfraError."""
         self._finalizer()
 
     def __enter__(self) -> PythonExecutor:
@@ -242,6 +243,12 @@ class Trace:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Trace:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
         self.close()
 
 
