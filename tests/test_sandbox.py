@@ -973,6 +973,14 @@ def test_arguments_are_checked(
         PythonExecutor(**arguments)  # type: ignore[arg-type]
 
 
+def test_threads_fit_into_little_memory(ex: PythonExecutor) -> None:
+    code = (
+        "import threading, time\nthreads = [threading.Thread(target=time.sleep, args=(0.1,)) "
+        "for _ in range(20)]\nfor thread in threads: thread.start()\nprint(len(threads))"
+    )
+    assert ex.run(code).stdout == "20\n"
+
+
 def test_memory_and_files_are_limited(ex: PythonExecutor) -> None:
     assert ex.run("x = bytearray(300 << 20)").status == "memory"
     assert ex.run("x = bytearray(200 << 20)\nprint(len(x))").stdout == f"{200 << 20}\n"

@@ -74,6 +74,7 @@ class Zygote:
         environment = {f"{name}_NUM_THREADS": "1" for name in names}  # also what makes fork safe
         environment |= {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "TZ": "UTC", "HOME": "/"}
         environment |= {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
+        environment["MALLOC_ARENA_MAX"] = "1"  # else threads reserve 64 MiB each of RLIMIT_AS
         if "LD_LIBRARY_PATH" in os.environ:  # some interpreters need it to find their own library
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         file = Path(__file__).with_name("zygote.py")
