@@ -96,7 +96,6 @@ class Child:
         while self._heard():
             pass
         self.gone, self.lost = True, how is None
-        self.loop.remove_writer(self.channel)  # of a cell that is still being sent
         for fd in (self.channel, *self.outputs):
             self.loop.remove_reader(fd)
         self.loop.remove_writer(self.channel)  # of a cell half sent; the number is soon another's
