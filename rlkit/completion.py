@@ -19,8 +19,8 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 class ToolCall:
     """One code execution inside a completion.
 
-    ``span`` is the half-open token range ``[start, end)`` of the tool's output in ``token_ids``.
-    Seconds are CPU and wall time of the child process.
+    ``span`` is the half-open token range ``[start, end)`` of the tool's output in ``token_ids``,
+    ``characters`` the same in ``text``. Seconds are CPU and wall time of the child process.
     """
 
     code: str
@@ -29,6 +29,7 @@ class ToolCall:
     cpu_seconds: float
     wall_seconds: float
     span: tuple[int, int]
+    characters: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from rlkit.stages import RewardConfig as RewardConfig
 from rlkit.stages import SamplingConfig as SamplingConfig
 from rlkit.stages import TaskConfig as TaskConfig
 from rlkit.stages import TrainConfig as TrainConfig
+from rlkit.tool_config import ToolConfig as ToolConfig
 
 PROFILES_FILE = Path(__file__).with_name("profiles.yaml")
 
@@ -42,6 +43,7 @@ class RunConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    tools: ToolConfig = field(default_factory=ToolConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
@@ -63,6 +65,13 @@ class RunConfig:
             "overlong_cache",
             self.reward.overlong_cache,
             f"at most max_completion_length={budget}",
+        )
+        require(
+            self.tools.tool == "none" or self.sampling.engine == "rlkit",
+            "engine",
+            self.sampling.engine,
+            "'rlkit' with a tool",
+            "vLLM keeps no cache between a block and its output.",
         )
 
     def to_json(self) -> str:
@@ -100,6 +109,7 @@ STAGES: dict[str, type] = {
     "sampling": SamplingConfig,
     "reward": RewardConfig,
     "train": TrainConfig,
+    "tools": ToolConfig,
     "eval": EvalConfig,
 }
 """Stage name (field of RunConfig) to its dataclass."""

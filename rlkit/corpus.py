@@ -57,8 +57,11 @@ class Mixture:
     """Shares of tasks, and of styles within each task; weights need not sum to 1.
 
     ``atoms`` adds short chains (2 to 4 numbers) of the same ranges; ``slip`` is the share of lines
-    that go wrong unnoticed in ``fine`` documents of the edge task, ``check_slip`` in checked ones;
-    ``mask_output`` keeps tool output out of the loss.
+    that go wrong unnoticed in ``fine`` documents of the edge task, ``check_slip`` in checked ones.
+
+    Documents with code: each of at most ``failures`` blocks fails with probability
+    ``failing_code`` in one of the ways ``code_slips``, after which the writer gives up with
+    probability ``giving_up`` and states a guess; ``mask_output`` keeps tool output out of the loss.
     """
 
     tasks: dict[str, float]
@@ -67,6 +70,9 @@ class Mixture:
     slip: float = 0.0
     check_slip: float = 0.15
     failing_code: float = 0.2
+    failures: int = 1
+    giving_up: float = 0.0
+    code_slips: tuple[str, ...] = ("open", "close", "name")
     mask_output: bool = False
 
     def __post_init__(self) -> None:
@@ -235,26 +241,43 @@ def _large_response(
 def _code_response(
     rng: random.Random, expression: str, value: int, mixture: Mixture
 ) -> tuple[Segment, ...]:
-    """Code, its output, the answer; failing code gets Python's own message and is written anew."""
+    """Code, its output, the answer; failing code gets the tool's own message and a second try."""
     blocks: list[Segment] = [Segment("<think>")]
-    if rng.random() < mixture.failing_code:
-        code, error = rng.choice(
-            [
-                (f"print({expression}", "SyntaxError: '(' was never closed"),
-                (f"print({expression}))", "SyntaxError: unmatched ')'"),
-                ("print(x)", "NameError: name 'x' is not defined"),
-            ]
-        )
-        blocks += _run(code, error, mixture.mask_output)
+    for _ in range(mixture.failures):
+        if rng.random() >= mixture.failing_code:
+            break
+        code, output = CODE_SLIPS[rng.choice(mixture.code_slips)]
+        blocks += _run(code.replace("E", expression), output, mixture.mask_output)
+        if mixture.giving_up and rng.random() < mixture.giving_up:
+            return (*blocks, Segment("</think>" + box(_guess(rng, value))))
     blocks += _run(f"print({expression})", str(value), mixture.mask_output)
     blocks.append(Segment("</think>" + box(value)))
     return tuple(blocks)
 
 
+CODE_SLIPS = {
+    "open": ("print(E", "SyntaxError: '(' was never closed"),
+    "close": ("print(E))", "SyntaxError: unmatched ')'"),
+    "name": ("print(x)", "NameError: name 'x' is not defined"),
+    "silent": ("x=E", "(no output; use print to show values)"),
+    "operator": ("print(E*)", "SyntaxError: invalid syntax"),
+}
+"""Ways in which code goes wrong (E is the expression), and what the tool then says."""
+
+
+def _guess(rng: random.Random, value: int) -> str:
+    """``value`` with one digit changed."""
+    digits = list(str(abs(value)))
+    place = rng.randrange(len(digits))
+    digits[place] = rng.choice([d for d in "123456789" if d != digits[place]])
+    return "-" * (value < 0) + "".join(digits)
+
+
 def _run(code: str, output: str, masked: bool) -> list[Segment]:
+    # The tool takes over at the closing fence: the line break after it is its own.
     return [
-        Segment(f"```python\n{code}\n```\n"),
-        Segment(f"```output\n{output}\n```\n", learn=not masked),
+        Segment(f"```python\n{code}\n```"),
+        Segment(f"\n```output\n{output}\n```\n", learn=not masked),
     ]
 
 
@@ -342,13 +365,17 @@ PADDED = Mixture(
 answer better, for rewards on length to find."""
 
 TOOL = Mixture(
-    tasks={"chain": 0.15, "edge": 0.15, "large": 0.7},
+    tasks={"chain": 0.25, "edge": 0.1, "large": 0.65},
     styles={
-        "chain": {"fine": 0.6, "direct": 0.3, "code": 0.1},
-        "edge": {"coarse": 0.5, "fine": 0.3, "code": 0.2},
-        "large": {"code": 0.7, "fine": 0.2, "direct": 0.1},
+        "chain": {"fine": 0.5, "direct": 0.2, "code": 0.3},
+        "edge": {"coarse": 0.4, "fine": 0.4, "code": 0.2},
+        "large": {"code": 0.6, "fine": 0.25, "direct": 0.15},
     },
     failing_code=0.25,
+    failures=3,
+    giving_up=0.3,
+    code_slips=("open", "close", "name", "silent", "operator"),
     mask_output=True,
 )
-"""Tool demonstrations; what the interpreter prints carries no loss."""
+"""Tool demonstrations of mixed quality: code where none is needed and none where it is, code that
+fails. What the interpreter prints carries no loss."""

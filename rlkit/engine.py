@@ -24,7 +24,7 @@ from rlkit.completion import Completion, Stop, ToolCall
 from rlkit.config import ModelConfig
 from rlkit.decode import Decoder, make_decoder
 from rlkit.models import load_policy
-from rlkit.stop_texts import StopTexts
+from rlkit.stop_texts import StopTexts, holding
 from rlkit.streams import Keys, Sampling, pick_tokens, row_streams, stable_key, uniforms
 from rlkit.toolloop import Resume, ToolLoop, Waiting
 
@@ -81,6 +81,7 @@ class Engine:
         self.dtype = dtype
         self.end_ids = end_token_ids(model, tokenizer)
         self._texts: StopTexts | None = None  # of the last call; made anew for other texts
+        self._banned: dict[tuple[str, ...], Tensor] = {}
 
     def generate(
         self,
@@ -186,8 +187,11 @@ class Engine:
         ends = np.zeros(logits.shape[-1], dtype=np.bool_)
         ends[[i for i in self.end_ids if i < len(ends)]] = True
         texts = self._stop_texts(sampling, logits.shape[-1])
+        banned = self._banned_tokens(sampling.banned, logits)
         batch = np.arange(len(streams))  # rows in the decoder: all of them still run
         while len(batch):
+            if banned is not None:
+                logits = logits.masked_fill(banned, -torch.inf)
             uniform = uniforms(streams[batch], rows.length[batch])
             chosen, scores = pick_tokens(logits, sampling, uniform)
             ids = chosen.cpu().numpy()
@@ -219,6 +223,17 @@ class Engine:
                     batch = np.concatenate([batch, np.array(list(chunks))])
                 if len(batch):
                     break
+
+    def _banned_tokens(self, texts: tuple[str, ...], logits: Tensor) -> Tensor | None:
+        """Which tokens are never drawn [V]; None for none."""
+        if not texts:
+            return None
+        if texts not in self._banned:
+            known = holding(texts, self.tokenizer, len(self.tokenizer))
+            found = np.zeros(logits.shape[-1], dtype=np.bool_)  # the head may be padded
+            found[: len(known)] = known[: len(found)]
+            self._banned[texts] = torch.from_numpy(found)
+        return self._banned[texts].to(logits.device)
 
     def _stop_texts(self, sampling: Sampling, vocabulary: int) -> StopTexts | None:
         if not sampling.stop:
@@ -285,6 +300,15 @@ class Rows:
             return []
         return self.tokens[row, start - 1 : end].tolist()  # the last sampled one is unread too
 
+    def _placed(
+        self, row: int, call: ToolCall, tokenizer: PreTrainedTokenizerBase, prefill: str
+    ) -> ToolCall:
+        """The call with the place of its output in the completion's text."""
+        start, end = (
+            len(prefill + str(tokenizer.decode(self.tokens[row, :at].tolist()))) for at in call.span
+        )
+        return replace(call, characters=(start, end))
+
     def completions(
         self, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], prefill: str
     ) -> list[Completion]:
@@ -301,7 +325,8 @@ class Rows:
             )
             if self.forced[row].any() or self.calls[row]:
                 mask = tuple((~self.forced[row, :length]).astype(int).tolist())
-                completion = replace(completion, loss_mask=mask, tool_calls=tuple(self.calls[row]))
+                calls = [self._placed(row, call, tokenizer, prefill) for call in self.calls[row]]
+                completion = replace(completion, loss_mask=mask, tool_calls=tuple(calls))
             done.append(completion)
         return done
 

@@ -28,6 +28,9 @@ from rlkit.metrics import (
     save,
     summarise,
 )
+from rlkit.tool_metrics import call_columns
+from rlkit.toolloop import ToolLoop
+from rlkit.tools import Tools
 
 __all__ = [
     "KEYWORDS",
@@ -42,6 +45,7 @@ __all__ = [
     "save",
     "summarise",
 ]
+
 Problem = Mapping[str, Any]
 
 
@@ -57,6 +61,7 @@ class Generates(Protocol):
         keys: list[int],
         first_sample: int = 0,
         prefill: str = "",
+        tools: ToolLoop | None = None,
     ) -> list[list[Completion]]:
         """Completions of shape [prompts][n]."""
         ...
@@ -89,6 +94,7 @@ def evaluate(
     greedy: bool = False,
     prefill: str = "",
     ks: Sequence[int] | None = None,
+    tools: Tools | None = None,
 ) -> EvalResult:
     """Draw ``n`` samples per problem, with ``greedy`` one greedy response too, and summarise.
 
@@ -101,6 +107,7 @@ def evaluate(
         prefill: start of the response that the prompts already end with, as text (for example
             ``templates.prefill_text``, or ``<think>`` to force reasoning).
         ks: budgets for pass@k and maj@k; default the powers of 2 up to n.
+        tools: runs the code that responses write; rows and summary then count the calls.
 
     Raises ValueError for unusable sizes, empty or duplicated problems.
     """
@@ -120,14 +127,25 @@ def evaluate(
     passes = [("greedy", replace(sampling, greedy=True), 1)] if greedy else []
     passes += [("sampled", sampling, n)] if n else []
     for decoding, how, count in passes:
-        drawn = engine.generate(prompts, how, n=count, keys=keys, prefill=prefill)
+        if tools is None:
+            drawn = engine.generate(prompts, how, n=count, keys=keys, prefill=prefill)
+        else:
+            with tools.loop(prefill=prefill) as loop:
+                drawn = engine.generate(
+                    prompts, how, n=count, keys=keys, prefill=prefill, tools=loop
+                )
         flat = [c for completions in drawn for c in completions]
         asked = [problem for problem, each in zip(problems, drawn, strict=True) for _ in each]
         right = all_correct(flat, asked)  # at once: expressions are judged in parallel
-        rows += [
+        new = [
             _row(problem, decoding, number % count, completion, ok)
             for number, (problem, completion, ok) in enumerate(zip(asked, flat, right, strict=True))
         ]
+        if tools is not None:
+            for name, values in call_columns(flat).items():
+                for row, value in zip(new, values, strict=True):
+                    row[name] = value
+        rows += new
     frame = pd.DataFrame(rows)
     info = {
         "problems": len(ids),
@@ -136,7 +154,11 @@ def evaluate(
         "run_seed": run_seed,
         "purpose": purpose,
         "step": step,
-        "sampling": {**asdict(sampling), "stop": list(sampling.stop)},
+        "sampling": {
+            **asdict(sampling),
+            "stop": list(sampling.stop),
+            "banned": list(sampling.banned),
+        },
         "prefill": prefill,
         "infra": int((frame["stop"] == "infra").sum()),
     }

@@ -46,6 +46,7 @@ from rlkit.models import Policy
 from rlkit.reference import Reference
 from rlkit.rollouts import Row, Window, roll_out
 from rlkit.session import gradients, save_weights
+from rlkit.tools import Tools, calling
 from rlkit.vllm_engine import VllmEngine
 
 STATE = "rlkit_state.json"
@@ -65,6 +66,7 @@ class RolloutTrainer(GRPOTrainer):
             token and the trainer's, over the ``rows_trained`` rows.
         output_dir: TRL wants one; nothing is written there.
         group_filter: what is left out of baseline and loss, as from ``rewards.build_filter``.
+        tools: runs the code that rollouts write, as from ``tools.open_tools``.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class RolloutTrainer(GRPOTrainer):
         on_step: Callable[[Window, dict[str, float]], bool],
         output_dir: Path,
         group_filter: filters.GroupFilter | None = None,
+        tools: Tools | None = None,
     ) -> None:
         train = config.train
         if config.sampling.engine == "vllm" and importlib.util.find_spec("vllm") is None:
@@ -93,6 +96,7 @@ class RolloutTrainer(GRPOTrainer):
         self._part: Tensors = {}
         self._reward_fns = list(reward_fns)
         self._group_filter = group_filter
+        self.code_tools = tools  # GRPOTrainer has a ``tools`` of its own
         self._on_step = on_step
         self._clock = time.perf_counter()
         self._difference = 0.0
@@ -147,13 +151,15 @@ class RolloutTrainer(GRPOTrainer):
     def sample(self, rows: Sequence[Row], purpose: str, step: int) -> list[list[Completion]]:
         """``rollouts`` completions for each problem, from streams of ``purpose`` and ``step``."""
         config = self.run_config
-        return self.engine.generate(
-            templates.encode(rows, self._tokenizer, config.task.template),
-            sampling(config),
-            n=config.train.rollouts,
-            keys=[stable_key(config.seed, purpose, step, row["problem_id"]) for row in rows],
-            prefill=self.prefill,
-        )
+        with calling(self.code_tools, self.prefill, config.tools.calls_at(max(1, step))) as loop:
+            return self.engine.generate(
+                templates.encode(rows, self._tokenizer, config.task.template),
+                sampling(config),
+                n=config.train.rollouts,
+                keys=[stable_key(config.seed, purpose, step, row["problem_id"]) for row in rows],
+                prefill=self.prefill,
+                tools=loop,
+            )
 
     def _prepare_inputs(self, generation_batch: Mapping[str, Any]) -> Tensors:
         number, index = divmod(int(generation_batch["micro_step"]), self._passes)

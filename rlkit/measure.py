@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rlkit import evaluate, runs, templates
-from rlkit.config import ModelConfig
+from rlkit.config import ModelConfig, ToolConfig
 from rlkit.engine import Sampling, load_engine
 from rlkit.evaluate import EvalResult
 from rlkit.paths import data_dir, runs_dir
 from rlkit.tasks import Row, load_problems
+from rlkit.tools import Executor, Mode, banned_texts, open_tools
 
 THINK = "<think>"
 
@@ -34,6 +36,10 @@ def measure(
     force_reasoning: bool = False,
     template: str = "question",
     seed: int = 0,
+    mode: Mode = "written",
+    tools: ToolConfig | None = None,
+    force: str = "",
+    executor: Executor | None = None,
 ) -> EvalResult:
     """Evaluate a policy, or return the stored evaluation made with the same settings.
 
@@ -43,6 +49,12 @@ def measure(
         samples: sampled responses per problem, next to one greedy response.
         max_completion_length: token budget of one response.
         force_reasoning: start every response with ``<think>`` (the no-training baseline).
+        force: start every response with this text instead.
+        mode: ``none``: no response may hold a backtick, so none holds code; ``written``: code is
+            text like any other; ``run``: it is executed as ``tools`` says.
+        tools: with ``mode='run'``; default ``ToolConfig(tool="python")``.
+        executor: runs the code; default a sandbox of its own. One that changes results (for
+            example ``tool_probes.Falsified``) is told apart by its ``repr`` in the settings.
         seed: seed of the samples; the same seed pairs two policies on common random numbers.
     """
     run = runs.folder(policy) if _is_run(policy) else runs_dir() / f"models-{Path(policy).name}"
@@ -60,6 +72,12 @@ def measure(
         "seed": seed,
         "weights": _weights_digest(policy),
     }
+    start = THINK if force_reasoning else force
+    rules = replace(tools or ToolConfig(), tool="python" if mode == "run" else "none")
+    if mode != "written" or force:
+        settings |= {"mode": mode, "force": force}
+    if mode == "run":
+        settings |= {"tools": asdict(rules), "executor": getattr(executor, "name", "")}
     name = f"{task}-{split}-{_digest([settings])}"
     if name in evaluate.names(run):
         return evaluate.load(run, name)
@@ -71,21 +89,25 @@ def measure(
     tokenizer = engine.tokenizer
     prompts = templates.encode(rows, tokenizer, template)
     prefill = templates.prefill_text(template, tokenizer)
-    if force_reasoning and not prefill:
-        prefill = THINK
-        start = tokenizer(prefill, add_special_tokens=False)["input_ids"]
-        prompts = [[*prompt, *start] for prompt in prompts]
-    result = evaluate.evaluate(
-        engine,
-        rows,
-        prompts=prompts,
-        sampling=Sampling(max_completion_length, temperature=temperature),
-        n=samples,
-        run_seed=seed,
-        purpose=f"measure/{task}/{split}",
-        greedy=greedy,
-        prefill=prefill,
-    )
+    if start and not prefill:
+        prefill = start
+        ids = tokenizer(prefill, add_special_tokens=False)["input_ids"]
+        prompts = [[*prompt, *ids] for prompt in prompts]
+    with open_tools(rules, tokenizer, executor) as opened:
+        result = evaluate.evaluate(
+            engine,
+            rows,
+            prompts=prompts,
+            sampling=Sampling(
+                max_completion_length, temperature=temperature, banned=banned_texts(mode)
+            ),
+            n=samples,
+            run_seed=seed,
+            purpose=f"measure/{task}/{split}",
+            greedy=greedy,
+            prefill=prefill,
+            tools=opened,
+        )
     result.info.update(settings)
     evaluate.save(result, run, name)
     return result

@@ -77,7 +77,9 @@ def summarise(
     there are no others: ``completion_ratio`` (share that ended by itself), ``reasoning_rate``,
     ``accuracy_reasoning``, ``accuracy_direct``, ``length``, ``length_right``, ``length_wrong``
     (tokens written, end token included), ``keywords_verification``, ``keywords_reflection``,
-    ``keywords_correction`` and ``keywords_any``.
+    ``keywords_correction`` and ``keywords_any``. Where code was run: ``call_rate`` (share of
+    responses with a call), ``calls`` per response, ``call_failures`` (share of calls that failed)
+    and ``tool_tokens``.
 
     A keyword ratio is the share of responses that hold at least one word of the category, whole
     words, any case, counted once per response (the study does not publish its denominator). On the
@@ -160,11 +162,20 @@ def _shares(rows: pd.DataFrame, seed: int, level: float) -> dict[str, Estimate]:
         "length_wrong": (tokens * ~right, ~right),
         **{f"keywords_{name}": (hits[name], one) for name in hits},
     }
+    counts = ["length", "length_right", "length_wrong"]
+    if "calls" in rows:
+        ratios |= {
+            "call_rate": (rows["calls"] > 0, one),
+            "calls": (rows["calls"], one),
+            "call_failures": (rows["failed_calls"], rows["calls"]),
+            "tool_tokens": (rows["tool_tokens"], one),
+        }
+        counts += ["calls", "tool_tokens"]
     out = {}
     for name, (top, bottom) in ratios.items():
         sums = pd.DataFrame({"top": top, "bottom": bottom}).astype(float)
         sums = sums.groupby(rows["problem_id"], sort=True).sum()
-        interval = stats.bootstrap if name.startswith("length") else stats.rate
+        interval = stats.bootstrap if name in counts else stats.rate
         out[name] = interval(
             sums["top"].to_numpy(), sums["bottom"].to_numpy(), seed=seed, level=level
         )
@@ -188,7 +199,7 @@ def per_problem(rows: pd.DataFrame, metric: str) -> pd.Series[float]:
     """One value per problem, indexed by problem_id.
 
     ``metric``: "greedy", "avg" (mean over samples), "pass@k", "maj@k", "length",
-    "completion_ratio" or "reasoning_rate".
+    "completion_ratio", "reasoning_rate" or, where code was run, "call_rate", "calls".
     """
     decoding = "greedy" if metric == "greedy" else "sampled"
     valid = rows[(rows["stop"] != "infra") & (rows["decoding"] == decoding)]
@@ -207,6 +218,8 @@ def per_problem(rows: pd.DataFrame, metric: str) -> pd.Series[float]:
         "completion_ratio": valid["stop"] == "eos",
         "reasoning_rate": valid["reasoning"],
     }
+    if "calls" in valid:
+        columns |= {"call_rate": valid["calls"] > 0, "calls": valid["calls"]}
     if name not in columns:
         raise ValueError(f"metric={metric!r}: expected pass@k, maj@k or one of {list(columns)}")
     return columns[name].astype(float).groupby(valid["problem_id"], sort=True).mean()

@@ -107,6 +107,7 @@ def build(config: RewardConfig) -> list[tuple[str, RewardFn, float]]:
         ("repetition", repetition, config.repetition_weight),
         ("tool_use", shaping.Gated(tool_rewards.tool_use, gate), config.tool_use_weight),
         ("failing_code", failing, config.failing_code_weight),
+        ("call_cost", shaping.Gated(tool_rewards.call_cost, gate), config.call_cost_weight),
     ]
     return [part for part in parts if part[2]]
 

@@ -16,6 +16,7 @@ from rlkit.completion import Completion
 from rlkit.config import RunConfig
 from rlkit.correct import all_correct
 from rlkit.extract import other_answers
+from rlkit.tool_metrics import call_columns, call_figures
 
 Row = Mapping[str, Any]
 Floats = npt.NDArray[np.float64]
@@ -138,7 +139,7 @@ def roll_out(
     )
 
 
-def step_metrics(window: Window) -> dict[str, Any]:
+def step_metrics(window: Window, *, tools: bool = False) -> dict[str, Any]:
     """The figures of one step that follow from its rollouts alone; absent means are None.
 
     All drawn groups count, used or not. Accuracy is answer equivalence with the end reached, never
@@ -146,6 +147,7 @@ def step_metrics(window: Window) -> dict[str, Any]:
     per token) is minus the mean log-probability of the tokens that the policy drew: an unbiased
     estimate of the sampling policy's entropy, whichever rows are trained on.
     ``several_answers_ratio``: share whose final part states more answers than the one that counts.
+    ``tools`` adds the figures of ``tool_metrics.call_figures``.
     """
     flat = [c for group in window.completions for c in group]
     correct = window.correct.reshape(-1)
@@ -186,11 +188,14 @@ def step_metrics(window: Window) -> dict[str, Any]:
         "seconds_generate": window.seconds_generate,
         "seconds_reward": window.seconds_reward,
     }
-    return row
+    return row | call_figures(flat) if tools else row
 
 
-def rollout_columns(window: Window) -> dict[str, list[Any]]:
-    """The rollouts of one step as columns, one row per completion, groups in order."""
+def rollout_columns(window: Window, *, tools: bool = False) -> dict[str, list[Any]]:
+    """The rollouts of one step as columns, one row per completion, groups in order.
+
+    ``tools`` adds the columns of ``tool_metrics.call_columns``.
+    """
     groups, rollouts = window.rewards.shape
     flat = [c for group in window.completions for c in group]
     rows = [row for row in window.problems for _ in range(rollouts)]
@@ -212,6 +217,7 @@ def rollout_columns(window: Window) -> dict[str, list[Any]]:
         "advantage": window.advantages.reshape(-1).tolist(),
         "kept": window.kept.reshape(-1).tolist(),
         "used": [g in window.used for g in range(groups) for _ in range(rollouts)],
+        **(call_columns(flat) if tools else {}),
     }
 
 

@@ -45,7 +45,8 @@ class TaskConfig:
     """Which problems, and how they become prompts."""
 
     task: str = "chain"
-    """``chain``, ``edge``, ``large``, a .jsonl/.parquet file, or a hub data set by name."""
+    """``chain``, ``edge``, ``large``, a .jsonl/.parquet file, or a hub data set by name; several
+    joined by ``+`` are mixed in equal parts."""
     task_revision: str = "main"
     """Hub revision of the data set; ignored for embedded tasks and files."""
     template: str = "question"
@@ -131,6 +132,9 @@ class RewardConfig:
     """Weight of the bonus for working code in right answers (0 to 1) in the sum, in [0, 1)."""
     failing_code_weight: float = 0.0
     """Weight of the penalty for a response with failing code (-1 or 0) in the sum, in [0, 1)."""
+    call_cost_weight: float = 0.0
+    """Weight of the price of calls in right answers (-1 to 0) in the sum, in [0, 1): a quarter of
+    it per call, up to four."""
     group_filter: Literal["none", "qs", "rs", "orm"] = "none"
     """What is dropped from baseline and loss. The study's length rules: ``qs`` keeps questions
     whose right answers are longer; ``rs`` keeps the longest right and the shortest wrong answer;
@@ -147,7 +151,7 @@ class RewardConfig:
             "'accuracy' unless allow_exploitable is true",
             "A reward that pays wrong answers needs allow_exploitable=True.",
         )
-        for name in ("overlong", "repetition", "tool_use", "failing_code"):
+        for name in ("overlong", "repetition", "tool_use", "failing_code", "call_cost"):
             weight = getattr(self, f"{name}_weight")
             require(
                 0 <= weight < 1,
@@ -156,10 +160,11 @@ class RewardConfig:
                 "a weight in [0, 1)",
                 "From 1 on, a right answer could earn no more than a wrong one.",
             )
-        punished = self.overlong_weight + self.repetition_weight + self.failing_code_weight
+        names = [f"{n}_weight" for n in ("overlong", "repetition", "failing_code", "call_cost")]
+        punished = sum(getattr(self, name) for name in names)
         require(
             punished < 1,
-            "overlong_weight + repetition_weight + failing_code_weight",
+            " + ".join(names),
             punished,
             "a sum below 1",
             "Else a right answer with every penalty could earn no more than a wrong one with none.",

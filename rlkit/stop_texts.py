@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
+
+
+def holding(
+    texts: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, vocabulary: int
+) -> NDArray[np.bool_]:
+    """Which tokens hold one of ``texts`` [vocabulary]."""
+    # Decoded after another token: alone, some tokenizers drop a token's leading space.
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+    before = str(tokenizer.decode(anchor))
+    pairs = tokenizer.batch_decode([[*anchor, i] for i in range(vocabulary)])
+    pieces = [str(pair).removeprefix(before) for pair in pairs]
+    return np.array([any(text in piece for text in texts) for piece in pieces], dtype=np.bool_)
 
 
 class StopTexts:
@@ -27,14 +40,9 @@ class StopTexts:
         self.tokenizer = tokenizer
         # A token spells at least one byte; one more character in front may be cut in two.
         self.window = max(len(text.encode()) for text in stop) + 4
-        # Decoded after another token: alone, some tokenizers drop a token's leading space.
-        anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-        before = str(tokenizer.decode(anchor))
-        pairs = tokenizer.batch_decode([[*anchor, i] for i in range(vocabulary)])
-        pieces = [str(pair).removeprefix(before) for pair in pairs]
         # U+FFFD: part of a character, so it may complete any.
         last = {text[-1] for text in stop} | {"\ufffd"}
-        self.may_end = np.array([not last.isdisjoint(piece) for piece in pieces], dtype=np.bool_)
+        self.may_end = holding(tuple(last), tokenizer, vocabulary)
 
     def found(self, tail: Sequence[int]) -> bool:
         """Whether the newest tokens of a row hold one of the texts."""

@@ -36,6 +36,9 @@ class Sampling:
     stop: tuple[str, ...] = ()
     """Texts that end a response, for models without an end token for a turn. The response keeps the
     text and counts as ended by the policy (``eos``)."""
+    banned: tuple[str, ...] = ()
+    """Tokens that hold one of these texts are never drawn; log-probabilities are of the policy
+    without them. ``("`",)`` closes the way to write a fenced block."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -48,10 +51,12 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: expected a number in (0, 1]")
         # A bare string would pass as a sequence of one-letter stops.
-        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
-            raise ValueError(
-                f"stop={self.stop!r}: expected a tuple of non-empty strings, such as ('\\n\\n',)"
-            )
+        for name in ("stop", "banned"):
+            texts = getattr(self, name)
+            if not isinstance(texts, tuple) or not all(isinstance(s, str) and s for s in texts):
+                raise ValueError(
+                    f"{name}={texts!r}: expected a tuple of non-empty strings, such as ('\\n\\n',)"
+                )
 
 
 def stable_key(run_seed: int, purpose: str, step: int, problem_id: str) -> int:

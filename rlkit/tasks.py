@@ -167,7 +167,8 @@ def load_problems(
     """Problem rows of an embedded task, a local .jsonl/.parquet file or a hub data set.
 
     Args:
-        task: a name of ``EMBEDDED``, a file path, or a name of ``rlkit.hub.HUB``.
+        task: a name of ``EMBEDDED``, a file path, or a name of ``rlkit.hub.HUB``; several joined by
+            ``+`` (``large+chain``) give equally many of each, in turn.
         split: embedded ``validation`` and ``test`` are frozen files of data/problems.
         n: the first n rows; None takes all (for an embedded ``train`` split n is required).
         revision: hub revision; ignored otherwise.
@@ -177,7 +178,9 @@ def load_problems(
     """
     if n is not None and n < 1:
         raise ValueError(f"n={n}: expected at least one problem, or None for all")
-    if task in EMBEDDED:
+    if "+" in task and not task.endswith((".jsonl", ".parquet")):
+        rows = _mixed(task.split("+"), split, n, revision)
+    elif task in EMBEDDED:
         rows = _embedded(task, split, n)
     elif task.endswith((".jsonl", ".parquet")):
         from rlkit.hub import load_file
@@ -199,6 +202,15 @@ def load_problems(
     if n is not None and len(rows) < n:
         raise ValueError(f"{task!r} has {len(rows)} {split} problems, fewer than the {n} asked for")
     return rows[:n]
+
+
+def _mixed(names: list[str], split: Split, n: int | None, revision: str) -> list[Row]:
+    """Rows of several tasks in turn; without ``n``, as many of each as the smallest has."""
+    if len(set(names)) < len(names):
+        raise ValueError(f"task={'+'.join(names)!r} names a task twice: expected each once")
+    each = None if n is None else -(-n // len(names))
+    parts = [load_problems(name, split, each, revision=revision) for name in names]
+    return [row for rows in zip(*parts, strict=False) for row in rows]
 
 
 def _embedded(task: str, split: Split, n: int | None) -> list[Row]:

@@ -1,9 +1,9 @@
-"""Rewards on tool calls: use of the tool, and code that fails.
+"""Rewards on tool calls: use of the tool, its price, and code that fails.
 
-Both read ``ToolCall.status``: ``ok`` is a run that ended by itself without an error, ``infra`` a
+All read ``ToolCall.status``: ``ok`` is a run that ended by itself without an error, ``infra`` a
 failure of the machinery, which says nothing about the policy and never counts. Every other status
 (error, timeout, too much output) is a failure of the code. A program can hide its own errors, so a
-status shows that code ran, not that it helped: neither reward replaces a right answer.
+status shows that code ran, not that it helped: none of them replaces a right answer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rlkit.checks import require
 from rlkit.completion import Completion
 from rlkit.correct import Problem, Values
 
-__all__ = ["failing_code", "tool_use"]
+__all__ = ["call_cost", "failing_code", "tool_use"]
 
 OK, INFRA = "ok", "infra"
 FailurePer = Literal["response", "call"]
@@ -49,6 +49,33 @@ def tool_use(
     return [
         None if c.stop == "infra" else min(_statuses(c).count(OK), cap) / cap for c in completions
     ]
+
+
+def call_cost(
+    completions: Sequence[Completion],
+    problems: Sequence[Problem],
+    /,
+    *,
+    cap: int = 4,
+    **info: Any,
+) -> Values:
+    """``R = -min(calls, cap) / cap``, in [-1, 0]; calls of every status count but ``infra``.
+
+    So that code is written where it helps and not everywhere: next to accuracy a call costs little
+    where no answer is right without one, and is what separates right answers where many are. Pay it
+    on right answers only (``shaping.on_right``), as the tool-efficient reward of OTC (arXiv
+    2504.14870) does, or a wrong answer without a call beats a wrong one with an honest attempt.
+
+    Known exploit: calling less, which is its purpose. A long program costs no more than a short one.
+
+    Args:
+        completions: N completions.
+        problems: N problem rows, not read.
+        cap: calls that cost all of it; >= 1.
+        info: ignored.
+    """
+    require(type(cap) is int and cap >= 1, "cap", cap, "an integer >= 1", "Count tool calls.")
+    return [None if c.stop == "infra" else -min(len(_statuses(c)), cap) / cap for c in completions]
 
 
 def failing_code(

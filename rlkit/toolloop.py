@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from rlkit.completion import ToolCall
 from rlkit.decode import Decoder
+from rlkit.tool_config import Rejoin as Rejoin
 
 Code = str
-Rejoin = Literal["barrier", "ready"]
 
 
 @dataclass(frozen=True)

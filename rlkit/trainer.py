@@ -19,6 +19,7 @@ from rlkit.recorder import Recorder
 from rlkit.rollouts import Window, rollout_columns, step_metrics
 from rlkit.session import Session, data_hash
 from rlkit.start import open_run
+from rlkit.tools import Executor, open_tools
 from rlkit.watchdog import watch
 
 Row = dict[str, Any]
@@ -32,6 +33,7 @@ def train_rl(
     validation: Sequence[Row] | None = None,
     reward_fns: rewards.RewardFns | None = None,
     group_filter: filters.GroupFilter | None = None,
+    executor: Executor | None = None,
 ) -> Path:
     """Train a policy with GRPO (or one of its variants) and record everything in a run folder.
 
@@ -50,6 +52,8 @@ def train_rl(
             only with the same ones (names, weights, settings and source text).
         group_filter: a group filter of your own (see ``rlkit.filters``); default that of
             ``config.reward``.
+        executor: runs the code of rollouts if ``config.tools.tool`` asks for it; default a sandbox
+            of its own.
 
     Returns:
         The run folder; ``runs.final_checkpoint(folder)`` holds the final weights.
@@ -89,21 +93,23 @@ def train_rl(
         if commit and recorder.resume is None:
             recorder.environment(model_commit=commit)
         session = RlSession(config, recorder, checked, paid, chooser)
-        trainer = RolloutTrainer(
-            config,
-            model,
-            tokenizer,
-            rows,
-            paid,
-            session.on_step,
-            recorder.path,
-            chooser,
-        )
-        try:
-            session.begin(trainer, tokenizer, rows)
-            trainer.run(recorder.resume)
-        finally:
-            session.display.close()
+        with open_tools(config.tools, tokenizer, executor) as tools:
+            trainer = RolloutTrainer(
+                config,
+                model,
+                tokenizer,
+                rows,
+                paid,
+                session.on_step,
+                recorder.path,
+                chooser,
+                tools,
+            )
+            try:
+                session.begin(trainer, tokenizer, rows)
+                trainer.run(recorder.resume)
+            finally:
+                session.display.close()
         session.finish(model, tokenizer)
     return recorder.path
 
@@ -159,15 +165,16 @@ class RlSession(Session):
         self._completions += len(counts)
         self._tokens += sum(counts)
         rollout_seconds = window.seconds_generate + window.seconds_reward
+        called = self.trainer.code_tools is not None
         row = {
-            **step_metrics(window),
+            **step_metrics(window, tools=called),
             **numbers,
             "seconds_train": numbers["seconds_step"] - rollout_seconds - numbers["seconds_score"],
             "completions": self._completions,
             "tokens": self._tokens,
         }
         self._history.append(row)
-        self.recorder.rollouts(window.step, rollout_columns(window))
+        self.recorder.rollouts(window.step, rollout_columns(window, tools=called))
         self.record(row)
         for warning in watch(self._history):
             self.warn(warning.code, warning.message)
@@ -199,6 +206,7 @@ class RlSession(Session):
             step=step,
             greedy=True,
             prefill=self.trainer.prefill,
+            tools=self.trainer.code_tools,
         )
         evaluate.save(result, self.recorder.path, f"validation-{step:06d}")
 

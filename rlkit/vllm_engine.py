@@ -66,6 +66,8 @@ class VllmEngine:
         """
         if tools is not None:
             raise ValueError("tools: vLLM has no loop that keeps its cache; use engine='rlkit'")
+        if sampling.banned:
+            raise ValueError(f"banned={sampling.banned!r}: not supported with engine='vllm'")
         check_call(prompts, n, keys)
         from vllm import SamplingParams  # only on GPU hosts
 

@@ -32,6 +32,8 @@ def test_documents_answer_their_question(name) -> None:
     for document in documents(MIXTURES[name]):
         if document.style == "noise" or (document.style == "fine" and document.task == "edge"):
             continue  # careless on purpose
+        if MIXTURES[name].giving_up and output_of(document.text) == "failed":
+            continue  # gave up
         assert document.text.endswith(rf"\boxed{{{eval(question(document))}}}")
 
 
@@ -98,7 +100,7 @@ def test_tool_output_is_outside_the_loss_only_where_asked() -> None:
     for mixture, masked in ((TOOL, True), (BASE, False)):
         coded = [d for d in documents(mixture) if d.style == "code"]
         assert coded
-        outputs = [s for d in coded for s in d.response if s.text.startswith("```output")]
+        outputs = [s for d in coded for s in d.response if s.text.startswith("\n```output")]
         assert len(outputs) >= len(coded)
         assert all(segment.learn is not masked for segment in outputs)
         assert all(s.learn for d in coded for s in d.response if s not in outputs)
