@@ -18,7 +18,9 @@ PURPOSE = {
     "tiny-padded": "What notebook 08 starts from: tiny-sft after more demonstrations, of which one "
     "in twenty ends in empty phrases and reflection words that make no answer better.",
     "tiny-tool": "The tool model: tiny-base after demonstrations that write a python block, read "
-    "its output and answer. Some blocks fail and are written anew; output carries no loss.",
+    "its output and answer, of mixed quality: code also where none is needed and none where it is; "
+    "a quarter of the blocks fail, after which the writer tries again or gives up. Output carries "
+    "no loss. What notebooks 09 and 10 start from.",
 }
 
 

@@ -365,9 +365,9 @@ PADDED = Mixture(
 answer better, for rewards on length to find."""
 
 TOOL = Mixture(
-    tasks={"chain": 0.25, "edge": 0.1, "large": 0.65},
+    tasks={"chain": 0.35, "edge": 0.1, "large": 0.55},
     styles={
-        "chain": {"fine": 0.5, "direct": 0.2, "code": 0.3},
+        "chain": {"fine": 0.6, "direct": 0.1, "code": 0.3},
         "edge": {"coarse": 0.4, "fine": 0.4, "code": 0.2},
         "large": {"code": 0.6, "fine": 0.25, "direct": 0.15},
     },

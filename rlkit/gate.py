@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 from rlkit.evaluate import EvalResult
 from rlkit.measure import measure
+from rlkit.tools import Mode
 
 BUDGET = {"chain": 100, "edge": 200, "large": 200}
 """Token budget per task: longer than any well-formed document of the corpus but checked ones."""
@@ -68,15 +70,40 @@ def check_sft(model: str, *, problems: int = 128, samples: int = 16) -> list[Che
     return [Check("edge: pass@1 of the SFT model", edge["pass@1"].value, 0.3, 0.75)]
 
 
+def check_tool(model: str, *, problems: int = 64, samples: int = 16) -> list[Check]:
+    """The tool model: code decides on ``large``, and how it is used leaves room for RL."""
+    none, written, run = (
+        _measure(model, "large", problems, samples, mode=mode) for mode in get_args(Mode)
+    )
+    easy = _measure(model, "chain", problems, samples, mode="run")
+    alone = _measure(model, "chain", problems, samples, mode="none")
+    return [
+        Check("large: greedy, code run", run["greedy"].value, low=0.6),
+        Check("large: that minus no code", run["greedy"].value - none["greedy"].value, 0.4),
+        Check("large: that minus code not run", run["greedy"].value - written["greedy"].value, 0.4),
+        Check("large: pass@1, code run", run["pass@1"].value, 0.2, 0.8),
+        Check("large: share of samples with a call", run["call_rate"].value, 0.4, 0.85),
+        Check("large: share of calls that fail", run["call_failures"].value, 0.1, 0.4),
+        Check("chain: share of samples with a call", easy["call_rate"].value, low=0.15),
+        Check("chain: pass@1 without code", alone["pass@1"].value, low=0.8),
+    ]
+
+
 CHECKS: dict[str, Callable[[str], list[Check]]] = {
     "tiny-base": check_base,
     "tiny-sft": check_sft,
+    "tiny-tool": check_tool,
 }
 """Which gate belongs to which shipped model."""
 
 
 def _measure(
-    model: str, task: str, problems: int, samples: int, forced: bool = False
+    model: str,
+    task: str,
+    problems: int,
+    samples: int,
+    forced: bool = False,
+    mode: Mode = "written",
 ) -> EvalResult:
     return measure(
         model,
@@ -87,6 +114,7 @@ def _measure(
         greedy=not forced,
         max_completion_length=BUDGET[task],
         force_reasoning=forced,
+        mode=mode,
     )
 
 

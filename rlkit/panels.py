@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -98,8 +99,12 @@ def entry(
     metric: str = "avg",
     trained_on: int = 0,
     force_reasoning: bool = False,
+    **how: Any,
 ) -> Entry:
-    """Measure policies (run folders of several seeds, or one model) on the frozen test problems."""
+    """Measure policies (run folders of several seeds, or one model) on the frozen test problems.
+
+    ``how``: further arguments of ``measure`` (``mode``, ``tools``, ``force``, ``executor``, ...).
+    """
     results = tuple(
         measure(
             policy,
@@ -108,6 +113,7 @@ def entry(
             samples=samples,
             max_completion_length=budget,
             force_reasoning=force_reasoning,
+            **how,
         )
         for policy in policies
     )

@@ -90,7 +90,7 @@ RECIPES = {
         ),
         start="tiny-sft",
     ),
-    "tiny-tool": Recipe("tiny-tool", (Stage(TOOL, 3, 5e-4, equal_tokens=True),), start="tiny-base"),
+    "tiny-tool": Recipe("tiny-tool", (Stage(TOOL, 6, 8e-4, equal_tokens=True),), start="tiny-base"),
 }
 
 

@@ -16,6 +16,7 @@ from rlkit.completion import Completion
 from rlkit.config import RunConfig
 from rlkit.correct import all_correct
 from rlkit.extract import other_answers
+from rlkit.tasks import task_of
 from rlkit.tool_metrics import call_columns, call_figures
 
 Row = Mapping[str, Any]
@@ -147,7 +148,8 @@ def step_metrics(window: Window, *, tools: bool = False) -> dict[str, Any]:
     per token) is minus the mean log-probability of the tokens that the policy drew: an unbiased
     estimate of the sampling policy's entropy, whichever rows are trained on.
     ``several_answers_ratio``: share whose final part states more answers than the one that counts.
-    ``tools`` adds the figures of ``tool_metrics.call_figures``.
+    ``tools`` adds the figures of ``tool_metrics.call_figures``. Where problems of several tasks are
+    mixed, ``<figure>/<task>`` gives accuracy, length and calls of each.
     """
     flat = [c for group in window.completions for c in group]
     correct = window.correct.reshape(-1)
@@ -188,7 +190,18 @@ def step_metrics(window: Window, *, tools: bool = False) -> dict[str, Any]:
         "seconds_generate": window.seconds_generate,
         "seconds_reward": window.seconds_reward,
     }
-    return row | call_figures(flat) if tools else row
+    if tools:
+        row |= call_figures(flat)
+    tasks = [task_of(p["problem_id"]) for p in window.problems]
+    for task in sorted(set(tasks)) if len(set(tasks)) > 1 else ():
+        mine = [g for g, name in enumerate(tasks) if name == task]
+        theirs = [c for g in mine for c in window.completions[g]]
+        row[f"accuracy/{task}"] = float(window.correct[mine].mean())
+        row[f"length_mean/{task}"] = sum(len(c.token_ids) for c in theirs) / len(theirs)
+        if tools:
+            called = call_figures(theirs)
+            row |= {f"{k}/{task}": called[k] for k in ("call_rate", "calls_mean", "call_failures")}
+    return row
 
 
 def rollout_columns(window: Window, *, tools: bool = False) -> dict[str, list[Any]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -159,6 +160,11 @@ def _count() -> Iterator[int]:
     while True:
         yield index
         index += 1
+
+
+def task_of(problem_id: str) -> str:
+    """The task that a problem belongs to: what its id begins with (``large:``, ``gsm8k/``)."""
+    return re.split("[:/]", problem_id, maxsplit=1)[0]
 
 
 def load_problems(

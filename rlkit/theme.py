@@ -40,6 +40,11 @@ LABELS = {
     "step": "training step",
     "completions": "completions (cumulative)",
     "tokens": "generated tokens (cumulative)",
+    "call_rate": "share with a call",
+    "calls_mean": "calls per response",
+    "call_failures": "share of calls that fail",
+    "calls_ended": "share out of calls",
+    "tool_tokens_mean": "tool output (tokens)",
     "greedy": "greedy accuracy",
     "length": "response length (tokens)",
     "accuracy_reasoning": "accuracy when reasoning",
@@ -51,6 +56,9 @@ _FRACTIONS = {
     "completion_ratio",
     "several_answers_ratio",
     "reasoning_rate",
+    "call_rate",
+    "call_failures",
+    "calls_ended",
     "groups_mixed",
     "groups_all_right",
     "groups_all_wrong",
@@ -165,13 +173,14 @@ def overridden(runs: Sequence[Path | str]) -> bool:
 def label(metric: str) -> str:
     """Axis title of a metric; ``eval:`` marks values from evaluations during training."""
     name = metric.removeprefix("eval:")
-    text = LABELS.get(name, name)
+    name, _, task = name.partition("/")
+    text = LABELS.get(name, name) + (f", {task}" if task else "")
     return f"{text} (validation)" if metric.startswith("eval:") else text
 
 
 def is_fraction(metric: str) -> bool:
     """Whether a metric lives in [0, 1], so that its axis shows all of it."""
-    name = metric.removeprefix("eval:")
+    name = metric.removeprefix("eval:").partition("/")[0]
     return name in _FRACTIONS or name.partition("@")[0] in ("avg", "pass", "maj")
 
 
