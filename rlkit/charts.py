@@ -130,8 +130,14 @@ def passk_curves(
     *,
     title: str = "pass@k",
     subtitle: str = "unbiased estimate, bands: 95 % intervals over problems",
+    tokens: Mapping[str, float] | None = None,
 ) -> go.Figure:
-    """pass@k of each model against k on a log axis: does training sharpen or widen?"""
+    """pass@k of each model against k on a log axis: does training sharpen or widen?
+
+    Args:
+        results: label to the summary of an evaluation.
+        tokens: label to mean tokens per answer; the axis is then the tokens of k answers.
+    """
     fig = go.Figure()
     colors, budgets = colors_of(list(results)), set()
     for name, summary in results.items():
@@ -140,7 +146,7 @@ def passk_curves(
             raise ValueError(f"{name!r} holds no pass@k: evaluate with n >= 1 samples")
         budgets |= set(ks)
         found = [summary[f"pass@{k}"] for k in ks]
-        x = np.array(ks, dtype=float)
+        x = np.array(ks, dtype=float) * (tokens[name] if tokens else 1)
         fig.add_trace(
             go.Scatter(
                 x=numbers(np.concatenate([x, x[::-1]])),
@@ -168,9 +174,12 @@ def passk_curves(
             )
         )
     ticks = sorted(budgets)
-    fig.update_xaxes(
-        type="log", tickvals=ticks, ticktext=[str(k) for k in ticks], title_text="attempts k"
-    )
+    if tokens:
+        fig.update_xaxes(type="log", title_text="tokens of k attempts")
+    else:
+        fig.update_xaxes(
+            type="log", tickvals=ticks, ticktext=[str(k) for k in ticks], title_text="attempts k"
+        )
     fig.update_yaxes(title_text="pass@k", range=[0, 1.03])
     return styled(fig, title, subtitle, height=430)
 
