@@ -63,7 +63,7 @@ def configs(
         "random": {"reward": coin, "train": null},
         "rft": {"train": tuned, "eval": EvalConfig()},
     }
-    stem = f"{rl.task.task}-{start}"
+    stem = f"{rl.task.task.replace('+', '-')}-{start}"
     out: dict[Arm, list[RunConfig]] = {}
     for arm, change in changes.items():
         prefix = stem if arm == "rl" else f"{stem}-{arm}"
@@ -74,11 +74,14 @@ def configs(
 
 
 def train(plan: Mapping[Arm, Sequence[RunConfig]]) -> dict[Arm, list[Path]]:
-    """Run folders of every arm of ``configs``, trained now or found finished."""
+    """Run folders of every arm of ``configs``, trained now or found finished.
+
+    ``random`` and ``rft`` may have fewer seeds than ``rl``.
+    """
     return {
         "rl": [obtain(config) for config in plan["rl"]],
         "random": [obtain(config) for config in plan["random"]],
-        "rft": [obtain_tuned(c, rl) for c, rl in zip(plan["rft"], plan["rl"], strict=True)],
+        "rft": [obtain_tuned(c, rl) for c, rl in zip(plan["rft"], plan["rl"], strict=False)],
     }
 
 
