@@ -19,6 +19,8 @@ from rlkit.paths import runs_dir
 from rlkit.runs import RunError
 from rlkit.sft import train_sft
 from rlkit.tasks import load_problems
+from rlkit.tools import calling, open_tools
+from rlkit.traces import document
 from rlkit.trainer import train_rl
 
 Arm = Literal["rl", "random", "rft"]
@@ -129,6 +131,8 @@ def obtain_tuned(config: RunConfig, rl: RunConfig) -> Path:
 def rejection_sample(rl: RunConfig) -> list[dict[str, Any]]:
     """Rewarded, distinct completions of the starting policy, as documents for ``train_sft``.
 
+    With ``tool='python'`` they are drawn with the tool, up to ``max_calls`` calls each.
+
     Raises ValueError if no completion was rewarded.
     """
     drawn = rl.train.steps * rl.train.batch_size
@@ -139,25 +143,24 @@ def rejection_sample(rl: RunConfig) -> list[dict[str, Any]]:
     engine = load_engine(rl.model, chat_template=chat)
     tokenizer = engine.tokenizer
     prefill = templates.prefill_text(template, tokenizer)
-    groups = engine.generate(
-        templates.encode(rows, tokenizer, template),
-        Sampling(
-            rl.sampling.max_completion_length,
-            temperature=rl.sampling.temperature,
-            top_p=rl.sampling.top_p,
-        ),
-        n=drawn // count,
-        keys=[stable_key(rl.seed, "rejection", 0, row["problem_id"]) for row in rows],
-        prefill=prefill,
-    )
+    with open_tools(rl.tools, tokenizer) as tools, calling(tools, prefill) as loop:
+        groups = engine.generate(
+            templates.encode(rows, tokenizer, template),
+            Sampling(
+                rl.sampling.max_completion_length,
+                temperature=rl.sampling.temperature,
+                top_p=rl.sampling.top_p,
+            ),
+            n=drawn // count,
+            keys=[stable_key(rl.seed, "rejection", 0, row["problem_id"]) for row in rows],
+            prefill=prefill,
+            tools=loop,
+        )
     flat = [c for group in groups for c in group]
     asked = [row for row, group in zip(rows, groups, strict=True) for _ in group]
     values, _ = rewards.score(rewards.build(rl.reward), flat, asked, **rewards.facts(rl, 0))
     kept = {
-        (row["problem_id"], c.text): {
-            "prompt": row["prompt"],
-            "completion": c.text.removeprefix(prefill),
-        }
+        (row["problem_id"], c.text): document(row, c, prefill)
         for row, c, value in zip(asked, flat, values, strict=True)
         if value is not None and value > 0
     }

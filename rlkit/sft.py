@@ -1,11 +1,11 @@
 """Supervised fine-tuning on prompt/completion documents: ``train_sft(config)`` fills a run folder.
 
-The loss covers the completion and its end token, never the prompt.
+The loss covers the completion and its end token, never the prompt, and not what a tool wrote in it
+(``outputs``) unless ``mask_output`` is off, as in the study.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,13 +24,14 @@ from rlkit import environment, models, templates
 from rlkit.checks import ConfigError
 from rlkit.compat import completion_only_head
 from rlkit.config import RunConfig
+from rlkit.documents import IGNORED as IGNORED
+from rlkit.documents import Document as Document
+from rlkit.documents import check_documents as check_documents
+from rlkit.documents import encode_documents as encode_documents
+from rlkit.documents import read_documents as read_documents
 from rlkit.models import Policy
 from rlkit.session import Session, data_hash, gradients
 from rlkit.start import open_run
-
-Document = dict[str, Any]
-IGNORED = -100
-"""Label of a token without loss."""
 
 
 def train_sft(
@@ -46,8 +47,9 @@ def train_sft(
 
     Args:
         config: the run.
-        documents: rows with ``prompt`` (messages) and ``completion`` (text without end token);
-            default the JSONL file ``config.task.documents``.
+        documents: rows with ``prompt`` (messages), ``completion`` (text without end token) and, if
+            a tool wrote parts of it, ``outputs`` (see ``documents.output_ranges``); default the
+            JSONL file ``config.task.documents``.
         fresh: start again even if the run is finished. An existing folder is moved aside, never
             overwritten; an unfinished run (fine-tuning here takes minutes) always starts again.
 
@@ -76,7 +78,8 @@ def train_sft(
     with recorder:
         set_seed(config.seed)
         model, tokenizer = models.load_policy(config.model, chat_template=not chosen.plain)
-        examples = encode_documents(rows, tokenizer, config.task.template)
+        mask = config.tools.mask_output
+        examples = encode_documents(rows, tokenizer, config.task.template, mask_output=mask)
         _check_lengths(examples, model.config.max_position_embeddings)
         session = Session(config, recorder, steps)
 
@@ -95,59 +98,6 @@ def train_sft(
             session.display.close()
         session.finish(model, tokenizer)
     return recorder.path
-
-
-def read_documents(path: str) -> list[Document]:
-    """Read a JSONL file of documents. Raises ConfigError for a missing file or a broken line."""
-    if not path:
-        raise ConfigError(
-            "documents='': expected a JSONL file with prompt and completion per line. Set "
-            "documents, or pass documents=[...] to train_sft."
-        )
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"documents={path!r}: no such file")
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"documents={path!r}, line {number}: not JSON ({error})") from error
-    return rows
-
-
-def check_documents(rows: Sequence[Document]) -> None:
-    """Raise ConfigError for no documents, or one without messages and a text to learn."""
-    if not rows:
-        raise ConfigError("the documents are empty; training needs at least one")
-    for number, row in enumerate(rows):
-        prompt, completion = row.get("prompt"), row.get("completion")
-        if not isinstance(prompt, list) or not prompt:
-            raise ConfigError(
-                f"document {number}: prompt={prompt!r}, expected a list of messages "
-                '[{"role": "user", "content": ...}]'
-            )
-        if not isinstance(completion, str) or not completion:
-            raise ConfigError(f"document {number}: completion={completion!r}, expected a text")
-
-
-def encode_documents(
-    rows: Sequence[Document], tokenizer: PreTrainedTokenizerBase, template: str
-) -> list[dict[str, list[int]]]:
-    """``input_ids`` and ``labels`` of each document: prompt, completion, end token.
-
-    Labels are ``IGNORED`` on the prompt. A completion that repeats the start of the response which
-    the template has already written (``<think>``) loses it, as the policy never writes it.
-    """
-    prompts = templates.encode(rows, tokenizer, template)
-    shown = templates.prefill_text(template, tokenizer)
-    end = int(tokenizer.eos_token_id)
-    examples = []
-    for prompt, row in zip(prompts, rows, strict=True):
-        text = row["completion"].removeprefix(shown)
-        body = [*tokenizer(text, add_special_tokens=False)["input_ids"], end]
-        examples.append({"input_ids": [*prompt, *body], "labels": [IGNORED] * len(prompt) + body})
-    return examples
 
 
 def plan_steps(count: int, config: RunConfig) -> int:

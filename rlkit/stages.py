@@ -54,7 +54,8 @@ class TaskConfig:
     train_problems: int = 4096
     """Problems in the training pool; >= 1. Embedded tasks draw them from a seeded index range."""
     documents: str = ""
-    """SFT only: JSONL file with ``prompt`` (messages) and ``completion`` (text) per row."""
+    """SFT only: JSONL file with ``prompt`` (messages) and ``completion`` (text) per row, and
+    ``outputs`` (character ranges) where a tool wrote."""
 
     def __post_init__(self) -> None:
         check_types(self)

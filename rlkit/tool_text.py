@@ -2,18 +2,20 @@ r"""A tool's output as text for a prompt: nothing in it can pass for the prompt'
 
 A program chooses what it prints, so its output is hostile: it may close its own fence, end the
 turn, or open a new one. ``safe_text`` splits such texts by U+200B, which shows nothing and which no
-fence or token holds. Encode the text with special tokens split as well where the tokenizer can
-(``split_special_tokens=True``), and mask it in the loss.
+fence or token holds. Encode the text by ``output_ids``, and mask it in the loss.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlkit.sandbox.limits import Limits
 from rlkit.sandbox.result import LEFT_OUT, Result
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BREAK = "\u200b"
 """Zero-width space: put into fences and tokens so that they are none any more."""
@@ -60,6 +62,15 @@ def safe_text(text: str, tokens: Sequence[str] = ()) -> str:
     if literal := [f"{re.escape(t[0])}(?={re.escape(t[1:])})" for t in tokens if len(t) > 1]:
         text = re.sub("|".join(literal), rf"\g<0>{BREAK}", text, flags=re.IGNORECASE)
     return text
+
+
+def output_ids(block: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids of a tool's output; special tokens in it are text like any other.
+
+    The one way in which generation and fine-tuning encode an output, so that their ids agree.
+    """
+    ids = tokenizer(block, add_special_tokens=False, split_special_tokens=True)
+    return tuple(int(i) for i in ids["input_ids"])
 
 
 def head_tail(text: str, limit: int, left_out: int = 0) -> tuple[str, int]:

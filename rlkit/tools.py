@@ -28,7 +28,7 @@ from rlkit.fences import Block, FindBlock, closed_block, still3_block
 from rlkit.sandbox import Limits, PythonExecutor, Result
 from rlkit.stop_texts import holding
 from rlkit.tool_config import ToolConfig, ToolState
-from rlkit.tool_text import describe, format_output
+from rlkit.tool_text import describe, format_output, output_ids
 from rlkit.toolloop import Rejoin, Resume
 
 FENCES = ("`", "~")
@@ -93,12 +93,12 @@ class Tools:
 
         Args:
             prefill: as given to ``generate``; a block may begin in it.
-            max_calls: calls per response instead of the configured number.
+            max_calls: calls per response instead of the configured number; 0: the first block
+                ends the response.
             rejoin: instead of the configured way.
         """
-        return CodeLoop(
-            self, prefill, max_calls or self.config.max_calls, rejoin or self.config.rejoin
-        )
+        calls = self.config.max_calls if max_calls is None else max_calls
+        return CodeLoop(self, prefill, calls, rejoin or self.config.rejoin)
 
     def may_close(self, ids: Sequence[int]) -> bool:
         """Whether one of the tokens can hold a piece of a closing fence."""
@@ -123,8 +123,7 @@ class Tools:
 
     def encode(self, block: str) -> tuple[int, ...]:
         """Token ids of an output block; special tokens in it are text like any other."""
-        ids = self.tokenizer(block, add_special_tokens=False, split_special_tokens=True)
-        return tuple(int(i) for i in ids["input_ids"])
+        return output_ids(block, self.tokenizer)
 
     def _shown(self) -> dict[str, Any]:
         return {
