@@ -99,7 +99,7 @@ def test_ids_are_only_appended(player, tools, spell) -> None:
         spell("\nso " + block("x = 1")),
         spell("done"),
     ]
-    (done,) = player.play([sum(parts, [])], tools)
+    (done,) = player.play([[i for part in parts for i in part]], tools)
     first = tools.encode("\n```output\n42\n```\n")
     second = tools.encode("\n```output\n(no output; use print to show values)\n```\n")
     expected = (*parts[0], *first, *parts[1], *second, *parts[2], END)
@@ -292,7 +292,7 @@ def test_output_is_no_code(player, tools) -> None:
 @pytest.mark.parametrize("calls", [1, 2, 3])
 def test_the_block_after_the_last_call_ends_the_row(player, tools, calls) -> None:
     codes = [f"print({i})" for i in range(5)]
-    script = sum((tokens(block(code)) for code in codes), [])
+    script = tokens("".join(map(block, codes)))
     for use in ({"max_calls": calls}, {}):
         (done,) = player.play([script], made(tools, max_calls=5 if use else calls), **use)
         assert done.stop == "calls"
@@ -406,10 +406,7 @@ def test_an_interrupt_leaves_nothing_running(player, executor, tools, state, rej
     ],
 )
 def test_variables_live_as_long_as_the_state_says(player, tools, state, expected) -> None:
-    scripts = [
-        sum((tokens(block(code)) for code in (f"x = {i}", "print(x)")), []) + tokens("ok")
-        for i in (1, 2)
-    ]
+    scripts = [tokens(block(f"x = {i}") + block("print(x)") + "ok") for i in (1, 2)]
     around = Around(tools.executor)
     done = player.play(scripts, Tools(around, TOKENIZER, replace(PYTHON, tool_state=state)))
     assert [c.tool_calls[1].output for c in done] == expected, "each row has its own"
@@ -471,8 +468,12 @@ def writer() -> Engine:
     return load_engine(ModelConfig(model="tiny-tool"))
 
 
+def asking(expression: str) -> dict:
+    return {"prompt": [{"role": "user", "content": f"Calculate {expression}."}]}
+
+
 def drawn(engine: Engine, tools: Tools | None, n: int = 6, **options) -> list[Completion]:
-    rows = [{"prompt": f"Calculate {a}*{b}."} for a, b in ((347, 892), (518, 264), (909, 771))]
+    rows = [asking(f"{a}*{b}") for a, b in ((347, 892), (518, 264), (909, 771))]
     prompts = encode(rows, engine.tokenizer, "question")
     with calling(tools) as loop:
         groups = engine.generate(prompts, Sampling(160, **options), n=n, keys=[1, 2, 3], tools=loop)
@@ -480,9 +481,9 @@ def drawn(engine: Engine, tools: Tools | None, n: int = 6, **options) -> list[Co
 
 
 def seen(completion: Completion) -> tuple:
-    return (completion.token_ids, completion.loss_mask, completion.stop, completion.logprobs) + (
-        tuple((c.code, c.output, c.status, c.span, c.characters) for c in completion.tool_calls),
-    )
+    calls = [(c.code, c.output, c.status, c.span, c.characters) for c in completion.tool_calls]
+    own = (completion.token_ids, completion.loss_mask, completion.stop, completion.logprobs)
+    return (*own, *calls)
 
 
 @pytest.mark.parametrize("state", ["fresh", "session"])
@@ -622,7 +623,7 @@ def test_without_code_no_fence_is_drawn_and_logprobs_are_renormalised(writer) ->
     assert not any(mark in c.text for c in none for mark in "`~")
     banned = [i for i in range(len(TOKENIZER)) if set("`~") & set(TOKENIZER.decode([i]))]
     assert len(banned) == 5
-    prompts = encode([{"prompt": "Calculate 347*892."}], writer.tokenizer, "question")
+    prompts = encode([asking("347*892")], writer.tokenizer, "question")
     for done in none[:6]:
         ids = list(done.token_ids)
         with torch.no_grad():
@@ -637,7 +638,7 @@ def test_without_code_no_fence_is_drawn_and_logprobs_are_renormalised(writer) ->
 
 
 def test_bans_at_their_bounds(engine) -> None:
-    everything = tuple(chr(c) for c in range(32, 127)) + ("\n",)
+    everything = (*map(chr, range(32, 127)), "\n")
     with pytest.raises(ValueError, match="every token holds one of these texts"):
         engine.generate([[10]], Sampling(3, banned=everything), n=1, keys=[0])
     plain = engine.generate([[10]], Sampling(30), n=4, keys=[0])
