@@ -232,6 +232,11 @@ class Engine:
             known = holding(texts, self.tokenizer, len(self.tokenizer))
             found = np.zeros(logits.shape[-1], dtype=np.bool_)  # the head may be padded
             found[: len(known)] = known[: len(found)]
+            if found[: len(known)].all():
+                raise ValueError(
+                    f"banned={texts!r}: every token holds one of these texts, so nothing is left "
+                    "to draw; ban fewer"
+                )
             self._banned[texts] = torch.from_numpy(found)
         return self._banned[texts].to(logits.device)
 

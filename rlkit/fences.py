@@ -4,10 +4,13 @@ A pattern, not one stop string, decides: models close a fence with one line brea
 indent it, forget it and start the next block, and tokenizers cut it anywhere. What counts:
 
 * A python block opens with three or more backticks or tildes and ``python``, ``python3`` or ``py``
-  in any case, at the start of a line or behind other text (``<think>```python``).
+  in any case, at the start of a line or behind other text (``<think>```python``). Code may begin on
+  that line; behind other text only if it also ends there and is Python, or else the line speaks
+  about fences ("between ```python and ```").
 * It closes with as many of the same character or more: at the start of a line, indented or not,
   whatever follows (also the next block's fence, where the closing one was forgotten); or behind
-  code on a line, unless a string literal is open there.
+  code on a line, unless a string literal is open there. Nothing or "..." between two fences on a
+  line is no block.
 * All other blocks, self-written output among them, are passed over. So is an untagged one.
 
 ``still3_block`` is the rule of the study's published code, with its errors.
@@ -21,8 +24,18 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_FENCE = re.compile(r"`{3,}|~{3,}")
-_PYTHON = re.compile(r"[ \t]*(?:python3?|py)(?=[\s`~]|$)[ \t]*", re.IGNORECASE)
+_FENCE = re.compile(r"(?P<indent>^[ \t]*)?(?P<marks>`{3,}|~{3,})", re.MULTILINE)
+_TAG = re.compile(
+    r"[ \t]*(?P<python>(?:python3?|py)(?=[\s`~]))?[a-z0-9]*", re.IGNORECASE | re.ASCII
+)
+_LINE = {mark: re.compile(rf"[\n{mark}]") for mark in "`~"}
+_HEAD = re.compile(r"\A[ \t]*\n?")
+_LITERAL = re.compile(
+    r"""\#[^\n]*
+    | (?P<triple>\"{3}|'{3})(?:\\.|.)*?(?:(?P=triple)|\Z)
+    | (?P<single>["'])(?:\\.|(?!(?P=single))[^\\\n])*(?P=single)?""",
+    re.DOTALL | re.VERBOSE,
+)
 _STILL3_STOP = "```\n\n"
 
 
@@ -49,70 +62,128 @@ def closed_block(text: str) -> Block | None:
     Args:
         text: what the policy wrote since the response's start or the last tool output.
     """
-    at = 0
-    while opened := _FENCE.search(text, at):
-        tag = _PYTHON.match(text, opened.end())
-        if tag is None:
-            at = _after_other(text, opened)
-            continue
-        start = tag.end() + text.startswith("\n", tag.end())
-        closed = _closing(text, start, opened.group())
-        if closed is None:
-            return None
-        code = textwrap.dedent(text[start : closed.start()]).rstrip(" \t")
-        return Block(code.removesuffix("\n"), text[closed.end() :])
-    return None
+    return Search().find(text)
 
 
-def _after_other(text: str, opened: re.Match[str]) -> int:
-    """Where to look on behind a fence that opens no python block."""
-    line, newline, _ = text[opened.end() :].partition("\n")
-    if not newline or opened.group()[0] in line:  # not complete, or code inside a line
-        return opened.end()
-    at = opened.end() + len(line)
-    while closed := _FENCE.search(text, at):
-        alone = _line_start(text, closed.start())
-        if alone and _PYTHON.match(text, closed.end()):
-            return closed.start()  # the block before it was never closed
-        if alone and _closes(closed.group(), opened.group()):
-            return closed.end()
-        at = closed.end()
-    return len(text)
+@dataclass
+class Search:
+    """``closed_block`` of a text that grows: each call of ``find`` goes on where the last ended.
 
+    Searched anew at each token, a response of little but fences would take minutes.
+    """
 
-def _closing(text: str, start: int, opened: str) -> re.Match[str] | None:
-    for closed in _FENCE.finditer(text, start):
-        if not _closes(closed.group(), opened):
-            continue
-        if _line_start(text, closed.start()) or not _in_string(text[start : closed.start()]):
-            return closed
-    return None
+    _at: int = 0  # all before is dealt with, whatever follows
+    _marks: str = ""  # that opened the block we are in, "" between blocks
+    _code: int | None = None  # where its code begins, if it is a python block
+    _behind: bool = False  # it was opened behind other text, and its line has not ended
+    _literal: tuple[int, int] = (0, 0)  # the last string or comment seen in it
+
+    def find(self, text: str) -> Block | None:
+        """As ``closed_block``; ``text`` begins with the one given before, which had no block."""
+        while fence := _FENCE.search(text, self._at):
+            if self._code is not None:
+                decided = self._in_python(text, self._code, fence)
+                if isinstance(decided, Block):
+                    return decided
+            elif self._marks:
+                decided = self._in_other(text, fence)
+            else:
+                decided = self._between(text, fence)
+            if not decided:  # what comes next decides
+                return None
+        return None
+
+    def _between(self, text: str, fence: re.Match[str]) -> bool:
+        tag = _TAG.match(text, fence.end())
+        if tag is None or tag.end() == len(text):
+            return False
+        if tag["python"]:
+            self._at = self._code = tag.end("python")
+            self._marks, self._behind = fence["marks"], fence["indent"] is None
+            self._literal = (self._at, self._at)
+            return True
+        stop = _LINE[fence["marks"][0]].search(text, fence.end())
+        if stop is None:
+            return False
+        if stop[0] == "\n":
+            self._at, self._marks = stop.start(), fence["marks"]
+        else:  # code inside a line
+            self._at = fence.end()
+        return True
+
+    def _in_other(self, text: str, fence: re.Match[str]) -> bool:
+        tag = _TAG.match(text, fence.end())
+        if tag is None or tag.end() == len(text):
+            return False
+        alone = fence["indent"] is not None
+        if alone and tag["python"]:  # the block before it was never closed
+            self._at, self._marks = fence.start(), ""
+            return True
+        self._at = fence.end()
+        if alone and _closes(fence["marks"], self._marks):
+            self._marks = ""
+        return True
+
+    def _in_python(self, text: str, start: int, fence: re.Match[str]) -> Block | bool:
+        alone = fence["indent"] is not None
+        line = text.find("\n", start, fence.start()) if self._behind else -1
+        if line >= 0:
+            self._behind = False
+            if text[start:line].strip():  # words about a fence
+                self._at, self._marks, self._code = start, "", None
+                return True
+        closes = _closes(fence["marks"], self._marks) and (
+            alone or not self._in_string(text, fence.start())
+        )
+        if closes:
+            code = text[start : fence.start()]
+            if alone or not _words(code, self._behind):
+                return Block(_clean(code), text[fence.end() :])
+        if fence.end() == len(text):
+            return False
+        self._at = fence.end()
+        if closes:
+            self._marks, self._code = "", None
+        return True
+
+    def _in_string(self, text: str, at: int) -> bool:
+        """Whether a string literal of the python block is open at ``at``."""
+        start, end = self._literal
+        if at >= end:
+            # From the last one on: it may have grown with the text.
+            for found in _LITERAL.finditer(text, start):
+                start, end = self._literal = found.span()
+                if end > at:
+                    break
+        return start < at < end and text[start] != "#"
 
 
 def _closes(fence: str, opened: str) -> bool:
     return fence[0] == opened[0] and len(fence) >= len(opened)
 
 
-def _line_start(text: str, at: int) -> bool:
-    return not text[text.rfind("\n", 0, at) + 1 : at].strip(" \t")
-
-
-def _in_string(code: str) -> bool:
-    """Whether ``code`` ends inside a string literal."""
+def _words(code: str, behind: bool) -> bool:
+    """Whether what stands between two fences on a line speaks about fences and is no code."""
+    if not code.strip(" \t.…"):
+        return True
+    if not behind:
+        return False
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes, ``1is 2``
-            compile(textwrap.dedent(code), "<code>", "exec", flags=0, dont_inherit=True)
-    except SyntaxError as error:
-        last = code.count("\n") + 1
-        message = error.msg or ""
-        return "unterminated triple-quoted" in message or (
-            message.startswith(("unterminated string", "unterminated f-string"))
-            and error.lineno == last
-        )
+            warnings.simplefilter("ignore")  # ``1is 2``
+            compile(code.strip(), "<code>", "exec", dont_inherit=True)
+    except SyntaxError:
+        return True
     except (ValueError, MemoryError, RecursionError):  # NUL bytes; nested too deep
         return False
     return False
+
+
+def _clean(code: str) -> str:
+    code = _HEAD.sub("", code.replace("\r\n", "\n"), count=1)
+    if code.lstrip("\n").startswith((" ", "\t")):  # else lines inside of strings could change
+        code = textwrap.dedent(code)
+    return code.rstrip(" \t").removesuffix("\n")
 
 
 def still3_block(text: str) -> Block | None:

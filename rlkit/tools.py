@@ -23,8 +23,9 @@ from typing import Any, Literal, Protocol, Self
 
 from transformers import PreTrainedTokenizerBase
 
+from rlkit.checks import require
 from rlkit.completion import ToolCall
-from rlkit.fences import Block, FindBlock, closed_block, still3_block
+from rlkit.fences import Block, FindBlock, Search, still3_block
 from rlkit.sandbox import Limits, PythonExecutor, Result
 from rlkit.stop_texts import holding
 from rlkit.tool_config import ToolConfig, ToolState
@@ -78,10 +79,8 @@ class Tools:
         self, executor: Executor, tokenizer: PreTrainedTokenizerBase, config: ToolConfig
     ) -> None:
         self.executor, self.tokenizer, self.config = executor, tokenizer, config
-        still3 = config.tool_format == "still3"
-        self.find: FindBlock = still3_block if still3 else closed_block
         # Only a token with one of these characters can close a block: others are not decoded.
-        marks = ("\n",) if still3 else FENCES
+        marks = ("\n",) if config.tool_format == "still3" else FENCES
         # (U+FFFD: a piece of a character, which may hold another one behind it.)
         self._closers = holding((*marks, "\ufffd"), tokenizer, len(tokenizer))
         self._tokens = [t for t in map(str, tokenizer.all_special_tokens) if len(t) > 1]
@@ -98,7 +97,12 @@ class Tools:
             rejoin: instead of the configured way.
         """
         calls = self.config.max_calls if max_calls is None else max_calls
+        require(type(calls) is int and calls >= 1, "max_calls", calls, "an integer >= 1")
         return CodeLoop(self, prefill, calls, rejoin or self.config.rejoin)
+
+    def search(self) -> FindBlock:
+        """Looks for the next block of one response, in its growing text since the last output."""
+        return still3_block if self.config.tool_format == "still3" else Search().find
 
     def may_close(self, ids: Sequence[int]) -> bool:
         """Whether one of the tokens can hold a piece of a closing fence."""
@@ -117,8 +121,8 @@ class Tools:
         if self.config.tool_format == "still3":
             return format_output(result, compat="still3", code=code.code, tokens=self._tokens)
         shown = format_output(result, **self._shown())
-        if code.rest.lstrip(" \t").lower() == "output\n":
-            return shown.removeprefix("```output\n")
+        if code.rest.strip(" \t\n").lower() == "output":
+            return shown.removeprefix("```output" + "\n" * code.rest.endswith("\n"))
         return shown if code.rest.endswith("\n") else "\n" + shown
 
     def encode(self, block: str) -> tuple[int, ...]:
@@ -134,13 +138,52 @@ class Tools:
         }
 
 
+class Writing:
+    """What a row has written since the last output, decoded piece by piece.
+
+    Decoded anew at each token, a response of little but backticks would take minutes.
+
+    Args:
+        tools: decode the ids and say how blocks are found.
+        text: what stands before the first token.
+    """
+
+    def __init__(self, tools: Tools, text: str = "") -> None:
+        self.find = tools.search()
+        self._tokenizer = tools.tokenizer
+        self._text, self._ids = text, list[int]()
+        self._seen = (0, 0)  # from where to decode; up to where ``_text`` goes
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Append tokens."""
+        self._ids += ids
+
+    def text(self) -> str:
+        """All of it; a character that is still incomplete is U+FFFD."""
+        start, end = self._seen
+        # Together with the piece before it: some decoders drop the space in front of a first token.
+        before = self._decode(self._ids[start:end])
+        now = self._decode(self._ids[start:])
+        text = self._text + now[len(before) :]
+        if not now.endswith("\ufffd") or len(self._ids) - end > 64:
+            self._text, self._seen = text, (end, len(self._ids))
+        return text
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        # Without the clean-up, for which " ." in a program's string is a slip of the keyboard.
+        decoded = self._tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return str(decoded)
+
+
 class CodeLoop:
     """Runs the python blocks of the responses of one ``generate``; see ``toolloop.ToolLoop``."""
 
     def __init__(self, tools: Tools, prefill: str, max_calls: int, rejoin: Rejoin) -> None:
         self.tools, self.max_calls, self.rejoin = tools, max_calls, rejoin
         self._prefill = prefill
-        self._written: dict[int, list[int]] = {}  # ids since the last output
+        self._written: dict[int, Writing] = {}
         self._blocks: dict[int, Block] = {}
         self._calls: dict[int, int] = {}
         self._cells: dict[int, Cells] = {}
@@ -149,12 +192,13 @@ class CodeLoop:
 
     def feed(self, row: int, new_ids: Sequence[int]) -> str | None:
         """The code of a block that these tokens close."""
-        written = self._written.setdefault(row, [])
-        written += new_ids
+        if row not in self._written:
+            self._written[row] = Writing(self.tools, self._prefill)
+        written = self._written[row]
+        written.add(new_ids)
         if not self.tools.may_close(new_ids):
             return None
-        text = str(self.tools.tokenizer.decode(written, skip_special_tokens=False))
-        block = self.tools.find(text if self._calls.get(row) else self._prefill + text)
+        block = written.find(written.text())
         if block is None:
             return None
         self._blocks[row] = block
@@ -197,7 +241,7 @@ class CodeLoop:
         )
         if infra:
             return Resume(row, call=call, stop="infra")
-        self._written[row] = []
+        self._written[row] = Writing(self.tools)
         return Resume(row, self.tools.encode(self.tools.block(result, block)), call)
 
     def close(self) -> None:
