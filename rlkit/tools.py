@@ -155,7 +155,9 @@ class CodeLoop:
         if not self.tools.may_close(new_ids):
             return None
         text = str(self.tools.tokenizer.decode(written, skip_special_tokens=False))
-        block = self.tools.find(text if self._calls.get(row) else self._prefill + text)
+        # The study's code sees what was generated alone.
+        opened = self._calls.get(row) or self.tools.config.tool_format == "still3"
+        block = self.tools.find(text if opened else self._prefill + text)
         if block is None:
             return None
         self._blocks[row] = block

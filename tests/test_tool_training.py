@@ -308,7 +308,7 @@ def test_out_of_calls_is_truncated_and_never_right(
         model, **{**TOOL, "max_calls": 1, "mask_truncated": True, "steps": 1, "beta": 0.1}
     )
     windows: list[Window] = []
-    made, numbers = make_trainer(config, executor, tmp_path, windows)
+    made, _ = make_trainer(config, executor, tmp_path, windows)
     made.run()
     [window] = windows
     flat = [c for group in window.completions for c in group]
