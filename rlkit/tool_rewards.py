@@ -66,7 +66,7 @@ def call_cost(
     on right answers only (``shaping.on_right``), as the tool-efficient reward of OTC (arXiv
     2504.14870) does, or a wrong answer without a call beats a wrong one with an honest attempt.
 
-    Known exploit: calling less, which is its purpose. A long program costs no more than a short one.
+    Known exploit: calling less, which is its purpose. A long program costs as much as a short one.
 
     Args:
         completions: N completions.

@@ -203,7 +203,8 @@ CLOSINGS = [
     ("\n  ```  \n",),
     ("\n````\n",),
     ("```\n",),
-    ("\n```\n```output\n",),
+    ("\n```\n```output\n42\n```\n",),
+    ("\n", "```output\n"),
     ("\n```", "output\n"),
 ]
 
@@ -382,8 +383,8 @@ def test_the_studys_loop_takes_the_last_block_and_keeps_nothing(
     ]
 
 
-def test_the_studys_limits_are_the_default(setting) -> None:
-    with open_tools(ToolConfig(tool="python", tool_format="still3"), setting.tokenizer) as tools:
+def test_the_studys_limits_are_the_default() -> None:
+    with open_tools(ToolConfig(tool="python", tool_format="still3"), build_tokenizer()) as tools:
         assert tools is not None
         assert tools.executor.limits.cpu_seconds == 5
         assert tools.config.tool_characters == 400
