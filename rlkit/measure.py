@@ -49,7 +49,7 @@ def measure(
         samples: sampled responses per problem, next to one greedy response.
         max_completion_length: token budget of one response.
         force_reasoning: start every response with ``<think>`` (the no-training baseline).
-        force: start every response with this text instead.
+        force: start every response with this text instead, behind what the template opens.
         mode: ``none``: no response may hold a backtick, so none holds code; ``written``: code is
             text like any other; ``run``: it is executed as ``tools`` says.
         tools: with ``mode='run'``; default ``ToolConfig(tool="python")``.
@@ -89,9 +89,9 @@ def measure(
     tokenizer = engine.tokenizer
     prompts = templates.encode(rows, tokenizer, template)
     prefill = templates.prefill_text(template, tokenizer)
-    if start and not prefill:
-        prefill = start
-        ids = tokenizer(prefill, add_special_tokens=False)["input_ids"]
+    if start and not (prefill and start == THINK):  # a template may have opened it already
+        prefill += start
+        ids = tokenizer(start, add_special_tokens=False)["input_ids"]
         prompts = [[*prompt, *ids] for prompt in prompts]
     with open_tools(rules, tokenizer, executor) as opened:
         result = evaluate.evaluate(

@@ -174,7 +174,8 @@ def load_problems(
 
     Args:
         task: a name of ``EMBEDDED``, a file path, or a name of ``rlkit.hub.HUB``; several joined by
-            ``+`` (``large+chain``) give equally many of each, in turn.
+            ``+`` (``large+chain``) give equally many of each, in turn. A file may have ``+`` in its
+            path if it is asked for alone.
         split: embedded ``validation`` and ``test`` are frozen files of data/problems.
         n: the first n rows; None takes all (for an embedded ``train`` split n is required).
         revision: hub revision; ignored otherwise.
@@ -184,11 +185,12 @@ def load_problems(
     """
     if n is not None and n < 1:
         raise ValueError(f"n={n}: expected at least one problem, or None for all")
-    if "+" in task and not task.endswith((".jsonl", ".parquet")):
+    file = task.endswith((".jsonl", ".parquet"))
+    if "+" in task and not (file and Path(task).is_file()):
         rows = _mixed(task.split("+"), split, n, revision)
     elif task in EMBEDDED:
         rows = _embedded(task, split, n)
-    elif task.endswith((".jsonl", ".parquet")):
+    elif file:
         from rlkit.hub import load_file
 
         rows = load_file(Path(task))
@@ -215,6 +217,8 @@ def _mixed(names: list[str], split: Split, n: int | None, revision: str) -> list
     if len(set(names)) < len(names):
         raise ValueError(f"task={'+'.join(names)!r} names a task twice: expected each once")
     each = None if n is None else -(-n // len(names))
+    if "" in names:
+        raise ValueError(f"task={'+'.join(names)!r}: expected a task on each side of '+'")
     parts = [load_problems(name, split, each, revision=revision) for name in names]
     return [row for rows in zip(*parts, strict=False) for row in rows]
 

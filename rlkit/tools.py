@@ -193,7 +193,9 @@ class CodeLoop:
     def feed(self, row: int, new_ids: Sequence[int]) -> str | None:
         """The code of a block that these tokens close."""
         if row not in self._written:
-            self._written[row] = Writing(self.tools, self._prefill)
+            # The study's code sees what was generated alone.
+            seen = "" if self.tools.config.tool_format == "still3" else self._prefill
+            self._written[row] = Writing(self.tools, seen)
         written = self._written[row]
         written.add(new_ids)
         if not self.tools.may_close(new_ids):

@@ -54,8 +54,25 @@ def test_leaf_names_are_unique() -> None:
         ({"repetition_weight": -0.1}, ["repetition_weight=-0.1", "[0, 1)"]),
         (
             {"overlong_weight": 0.5, "repetition_weight": 0.3, "failing_code_weight": 0.2},
-            ["failing_code_weight=1.0", "a sum below 1"],
+            ["_weight=1.0", "a sum below 1"],
         ),
+        ({"call_cost_weight": 1.0}, ["call_cost_weight=1.0", "[0, 1)"]),
+        ({"call_cost_weight": -0.1}, ["call_cost_weight=-0.1", "[0, 1)"]),
+        (
+            {"failing_code_weight": 0.5, "call_cost_weight": 0.5},
+            ["failing_code_weight + call_cost_weight=1.0", "a sum below 1"],
+        ),
+        ({"tool": "ruby"}, ["tool='ruby'", "'python'"]),
+        ({"max_calls": 0}, ["max_calls=0", ">= 1"]),
+        ({"first_calls": 5}, ["first_calls=5", "at most max_calls=4"]),
+        ({"calls_every": 0}, ["calls_every=0", ">= 1"]),
+        ({"tool_seconds": 0.0}, ["tool_seconds=0.0", "0.01 to 3600"]),
+        ({"tool_characters": 3}, ["tool_characters=3", ">= 4"]),
+        (
+            {"tool_format": "still3", "tool_state": "session"},
+            ["tool_state='session'", "'fresh' with tool_format='still3'"],
+        ),
+        ({"tool": "python", "engine": "vllm"}, ["engine='vllm'", "'rlkit' with a tool"]),
         ({"repetition_ngram": 0}, ["repetition_ngram=0", ">= 1"]),
         (
             {"overlong_weight": 0.5, "overlong_cache": 200},
@@ -121,3 +138,15 @@ def test_config_json_is_read_strictly(change: object, words: list[str]) -> None:
 def test_a_torn_config_json_is_reported() -> None:
     with pytest.raises(ConfigError, match="not valid JSON"):
         RunConfig.from_json(resolve("tiny").to_json()[:-20])
+
+
+def test_the_call_budget_grows_from_the_first_to_the_last() -> None:
+    def calls(*steps: int, **params: object) -> list[int]:
+        tools = resolve("tiny", **params).tools
+        return [tools.calls_at(step) for step in steps]
+
+    assert calls(1, 10**6) == [4, 4]
+    grown = {"first_calls": 2, "max_calls": 4, "calls_every": 100}
+    assert calls(1, 100, 101, 200, 201, 10**6, **grown) == [2, 2, 3, 3, 4, 4]
+    assert calls(1, 2, 3, first_calls=1, max_calls=2, calls_every=1) == [1, 2, 2]
+    assert calls(1, 7, first_calls=3, max_calls=3, calls_every=1) == [3, 3]

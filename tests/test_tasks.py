@@ -120,3 +120,60 @@ def test_an_empty_file_is_refused(tmp_path) -> None:
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(ValueError, match="no rows"):
         load_problems(str(tmp_path / "none.jsonl"))
+
+
+def kinds(rows: list[dict]) -> list[str]:
+    return [row["problem_id"].partition(":")[0] for row in rows]
+
+
+def test_a_mixture_takes_its_tasks_in_turn() -> None:
+    rows = load_problems("large+chain", "train", 7)
+    assert kinds(rows) == ["large", "chain"] * 3 + ["large"]
+    assert rows[::2] == load_problems("large", "train", 4)
+    assert rows[1::2] == load_problems("chain", "train", 3)
+    assert load_problems("chain+large", "train", 2) == [rows[1], rows[0]]
+    three = load_problems("large+edge+chain", "train", 6)
+    assert kinds(three) == ["large", "edge", "chain"] * 2
+
+
+def test_a_mixture_has_the_splits_of_its_tasks() -> None:
+    rows = load_problems("large+chain", "validation", 10)
+    assert rows[::2] == load_problems("large", "validation", 5)
+    assert rows[1::2] == load_problems("chain", "validation", 5)
+    every = load_problems("large+chain", "test")  # as many as the smaller one has
+    assert len(every) == 400 and kinds(every).count("large") == 200
+    assert len({row["problem_id"] for row in every}) == 400
+    assert load_problems("edge-long+chain", "test", 1) == load_problems("edge-long", "test", 1)
+
+
+def test_files_mix_and_may_have_a_plus_in_their_path(tmp_path, monkeypatch) -> None:
+    rows = load_problems("chain", "test", 3)
+    (tmp_path / "a+b").mkdir()
+    for name in ("a+b/mine+more.jsonl", "plain.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_problems(str(tmp_path / "a+b/mine+more.jsonl")) == rows
+    monkeypatch.chdir(tmp_path)
+    large = load_problems("large", "test", 3)
+    turns = [row for pair in zip(large, rows, strict=True) for row in pair]
+    assert load_problems("large+plain.jsonl") == turns
+    assert load_problems("plain.jsonl+large")[::2] == rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("chain+chain", "test"), r"task='chain\+chain' names a task twice"),
+        (("large+chian", "test"), "'chian' is unknown: expected one of chain, edge"),
+        (("chain+", "test"), r"task='chain\+': expected a task on each side"),
+        (("+", "test"), "twice"),
+        (("large+chain", "train"), "The train split of 'large' is endless"),
+        (("chain+edge-long", "train", 4), "testing only"),
+        (("chain+edge-long", "validation", 4), "'edge-long' has no validation split"),
+        (("large+chain", "test", 500), "'large' has 200 test problems, fewer than the 250"),
+        (("large+chain", "test", 0), "n=0"),
+        (("chain+nowhere.jsonl", "test"), "nowhere.jsonl"),
+    ],
+)
+def test_bad_mixtures_are_refused(arguments, message) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_problems(*arguments)

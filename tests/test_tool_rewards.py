@@ -9,8 +9,10 @@ import pytest
 
 from rlkit.checks import ConfigError
 from rlkit.completion import Completion, ToolCall
+from rlkit.config import RewardConfig
+from rlkit.rewards import build, score
 from rlkit.shaping import on_right
-from rlkit.tool_rewards import failing_code, tool_use
+from rlkit.tool_rewards import call_cost, failing_code, tool_use
 
 PROBLEM = {"problem_id": "p", "prompt": [], "answer": "12", "answer_type": "integer"}
 
@@ -67,8 +69,58 @@ def test_failing_code_by_hand(statuses, response, call):
     assert values(failing_code, called(*statuses)) == [response]
 
 
+@pytest.mark.parametrize(
+    ("statuses", "cap", "expected"),
+    [
+        ((), 4, 0.0),
+        (("ok",), 4, -0.25),
+        (("error",), 4, -0.25),  # a call that fails costs the same
+        (("ok", "error", "timeout", "memory"), 4, -1.0),
+        (("ok",) * 9, 4, -1.0),
+        (("ok",) * 9, 1, -1.0),
+        (("infra", "ok", "infra"), 2, -0.5),
+        (("infra",), 2, 0.0),
+    ],
+)
+def test_call_cost_by_hand(statuses, cap, expected):
+    assert values(call_cost, called(*statuses), cap=cap) == [expected]
+    if cap == 4:
+        assert values(call_cost, called(*statuses)) == [expected]
+
+
+def test_composed_call_cost_is_paid_on_right_answers_in_good_form_only():
+    """A wrong answer without a call must not beat a wrong one with an honest attempt."""
+    rows = [
+        called(text=r"\boxed{12}"),
+        called("ok", text=r"\boxed{12}"),
+        called("ok", "error", text=r"\boxed{12}"),
+        called(*["ok"] * 7, text=r"\boxed{12}"),
+        called(text=r"\boxed{13}"),
+        called("ok", text=r"\boxed{13}"),
+        called(text="12"),
+        called("ok", text="12"),
+        called("ok", text=r"\boxed{12}", stop="calls"),
+        called("ok", text=r"\boxed{12}", stop="length"),
+        called("ok", text=r"\boxed{12}", stop="infra"),
+    ]
+    paid = build(RewardConfig(call_cost_weight=0.2))
+    assert [(name, weight) for name, _, weight in paid] == [("accuracy", 1.0), ("call_cost", 0.2)]
+    total, parts = score(paid, rows, [PROBLEM] * len(rows))
+    assert parts["call_cost"] == [0, -0.25, -0.5, -1, 0, 0, 0, 0, 0, 0, None]
+    assert total == pytest.approx([1, 0.95, 0.9, 0.8, 0, 0, 0, 0, 0, 0, None])
+    assert [name for name, _, _ in build(RewardConfig())] == ["accuracy"]
+
+
+def test_every_price_together_leaves_a_right_answer_above_a_wrong_one():
+    config = RewardConfig(call_cost_weight=0.45, failing_code_weight=0.45, tool_use_weight=0.3)
+    worst = called(*["error"] * 9, text=r"\boxed{12}")
+    best_wrong = called("ok", text=r"\boxed{13}")
+    [right, wrong], _ = score(build(config), [worst, best_wrong], [PROBLEM] * 2)
+    assert right == pytest.approx(0.1) and wrong == 0
+
+
 def test_how_a_response_ended_matters_only_if_the_machinery_failed():
-    for reward in (tool_use, failing_code):
+    for reward in (tool_use, failing_code, call_cost):
         ended, cut, spent, failed = values(
             reward, *(called("ok", "error", stop=s) for s in ("eos", "length", "calls", "infra"))
         )
@@ -93,7 +145,11 @@ def test_trivial_calls_dilute_a_failure_per_call_but_not_per_response():
 def test_order_of_calls_and_rows_does_not_matter_and_nothing_changes():
     rows = [called("ok", "error"), called("error", "ok"), called(), called("ok", stop="infra")]
     before = pickle.dumps(rows)
-    for reward in (partial(tool_use, cap=2), partial(failing_code, per="call")):
+    for reward in (
+        partial(tool_use, cap=2),
+        partial(failing_code, per="call"),
+        partial(call_cost, cap=3),
+    ):
         reward = pickle.loads(pickle.dumps(reward))
         found = values(reward, *rows, seed=0, step=1)
         assert found[0] == found[1]
@@ -108,6 +164,8 @@ def test_order_of_calls_and_rows_does_not_matter_and_nothing_changes():
         (tool_use, dict(cap=0), "cap=0: expected an integer >= 1"),
         (tool_use, dict(cap=1.5), "cap=1.5: expected an integer"),
         (tool_use, dict(cap=True), "cap=True: expected an integer"),
+        (call_cost, dict(cap=0), "cap=0: expected an integer >= 1"),
+        (call_cost, dict(cap=2.0), "cap=2.0: expected an integer"),
         (failing_code, dict(penalty=0.5), "penalty=0.5: expected a finite number <= 0"),
         (failing_code, dict(penalty=math.nan), "penalty=nan"),
         (failing_code, dict(penalty=-math.inf), "penalty=-inf"),
