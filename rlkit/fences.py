@@ -18,11 +18,13 @@ from __future__ import annotations
 import re
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 _FENCE = re.compile(r"`{3,}|~{3,}")
 _PYTHON = re.compile(r"[ \t]*(?:python3?|py)(?=[\s`~]|$)[ \t]*", re.IGNORECASE)
+_WORD = re.compile(r"[ \t]*(\w+)")
+_OUTPUT = re.compile(r"[ \t]*output[ \t]*$", re.IGNORECASE | re.MULTILINE)
 _STILL3_STOP = "```\n\n"
 
 
@@ -62,6 +64,42 @@ def closed_block(text: str) -> Block | None:
         code = textwrap.dedent(text[start : closed.start()]).rstrip(" \t")
         return Block(code.removesuffix("\n"), text[closed.end() :])
     return None
+
+
+@dataclass(frozen=True)
+class Fenced:
+    """Where a fenced block stands in a text, fences included: ``text[start:end]``.
+
+    Attributes:
+        tag: ``python``, or the first word behind another block's fence in lower case, ``""``
+            without one.
+    """
+
+    start: int
+    end: int
+    tag: str
+
+
+def fenced_blocks(text: str) -> Iterator[Fenced]:
+    """All fenced blocks of ``text`` in order, by the rules above; an open one runs to the end.
+
+    A fence that closes one block and opens the next belongs to the next.
+    """
+    at = 0
+    while opened := _FENCE.search(text, at):
+        tag = _PYTHON.match(text, opened.end())
+        if tag is None:
+            word = _WORD.match(text, opened.end())
+            end = _after_other(text, opened)
+            yield Fenced(opened.start(), end, word[1].lower() if word else "")
+        elif (closed := _closing(text, tag.end(), opened.group())) is None:
+            end = len(text)
+            yield Fenced(opened.start(), end, "python")
+        else:
+            shared = _PYTHON.match(text, closed.end()) or _OUTPUT.match(text, closed.end())
+            end = closed.start() if shared else closed.end()
+            yield Fenced(opened.start(), end, "python")
+        at = end
 
 
 def _after_other(text: str, opened: re.Match[str]) -> int:
