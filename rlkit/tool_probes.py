@@ -26,8 +26,10 @@ from rlkit.tool_config import ToolState
 from rlkit.tool_metrics import read_calls
 from rlkit.tools import Cells, Executor
 
-# Digits only: the sign stands outside, an exponent behind. Not inside of names such as x_1.
-_NUMBER = re.compile(r"(?<![\w.])([0-9]+(?:\.[0-9]+)?)(?:[eE][+-]?[0-9]+)?(?![0-9])")
+# The sign stands outside of the group, an exponent behind it. Not inside of names such as x_1.
+_NUMBER = re.compile(
+    r"(?<![\w.])((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)(?:[eE][+-]?[0-9]+)?(?![0-9])"
+)
 _MARK = re.compile(re.escape(LEFT_OUT).replace(r"\{\}", "[0-9]+"))
 
 Outcome = Literal["followed", "gold", "other", "unclear", "untouched"]
@@ -136,7 +138,7 @@ def _put(text: str, number: tuple[str, str, int], new: str) -> str:
 def _other(digits: str, lot: str) -> str:
     """``digits`` with one of them changed."""
     drawn = int.from_bytes(hashlib.blake2b(lot.encode(), digest_size=16).digest(), "little")
-    places = [place for place, old in enumerate(digits) if old != "."]
+    places = [place for place, old in enumerate(digits) if old.isdigit()]
     drawn, at = divmod(drawn, len(places))
     place = places[at]
     new = [digit for digit in "123456789" if digit != digits[place]]

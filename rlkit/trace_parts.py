@@ -45,7 +45,7 @@ def parts(text: str, calls: Sequence[ToolCall] = ()) -> list[Part]:
     """
     placed = sorted((call.characters, call.status) for call in calls)
     found: list[Part] = []
-    at, turn = 0, _reasoning_end(text)
+    at, turn = 0, _reasoning(text)
     for (start, end), status in [*placed, ((len(text), len(text)), "ok")]:
         if start == end and start != len(text):
             continue  # no output: the machinery failed, or the budget was used up
@@ -54,7 +54,7 @@ def parts(text: str, calls: Sequence[ToolCall] = ()) -> list[Part]:
                 f"a tool output at characters {start} to {end} of a text of {len(text)}, where the "
                 f"one before ends at {at}: expected ToolCall.characters of this very text"
             )
-        for begin, stop, kind in _halves(at, start, turn):
+        for begin, stop, kind in _pieces(at, start, turn):
             found += _written(text[begin:stop], kind, ran=end > start and stop == start)
         found.append(Part("output" if status == "ok" else "failed", text[start:end]))
         at = end
@@ -62,20 +62,21 @@ def parts(text: str, calls: Sequence[ToolCall] = ()) -> list[Part]:
     return _merged(_with_answer(found, answer) if answer else found)
 
 
-def _reasoning_end(text: str) -> tuple[int, int]:
-    """Half-open range of the reasoning, tags included."""
+def _reasoning(text: str) -> tuple[int, int, int]:
+    """Where the reasoning starts, where its closing tag does, and where it ends."""
     if (close := text.rfind(THINK_CLOSE)) >= 0:
-        return 0, close + len(THINK_CLOSE)
+        return 0, close, close + len(THINK_CLOSE)
     opened = text.find(THINK_OPEN)
-    return (opened, len(text)) if opened >= 0 else (0, 0)
+    return (opened, len(text), len(text)) if opened >= 0 else (0, 0, 0)
 
 
-def _halves(at: int, end: int, reasoning: tuple[int, int]) -> Iterable[tuple[int, int, Kind]]:
-    """[at, end) cut at the borders of the reasoning."""
-    cuts = [at, *(c for c in reasoning if at < c < end), end]
-    for begin, stop in pairwise(cuts):
-        inside = reasoning[0] <= begin < reasoning[1]
-        yield begin, stop, "reasoning" if inside else "text"
+def _pieces(at: int, end: int, reasoning: tuple[int, int, int]) -> Iterable[tuple[int, int, Kind]]:
+    """[at, end) cut at the borders of the reasoning.
+
+    Its closing tag is a piece of its own, so that a code block left open does not swallow it.
+    """
+    for begin, stop in pairwise([at, *(c for c in reasoning if at < c < end), end]):
+        yield begin, stop, "reasoning" if reasoning[0] <= begin < reasoning[2] else "text"
 
 
 def _written(text: str, kind: Kind, ran: bool) -> list[Part]:

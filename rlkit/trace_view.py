@@ -90,7 +90,7 @@ def _lines(parts: Iterable[Part]) -> list[list[tuple[str, str]]]:
     lines: list[list[tuple[str, str]]] = [[]]
     before = ""
     for part in parts:
-        if before and (part.kind in _BLOCKS or before in _BLOCKS):
+        if before and (part.kind in _BLOCKS or before in (*_BLOCKS, "reasoning")):
             lines.append([])
         first, *more = visible(part.text).expandtabs(4).split("\n")
         lines[-1].append((part.kind, first))
