@@ -13,7 +13,7 @@ from rlkit.extract import extract_answer
 from rlkit.fences import fenced_blocks
 
 Kind = Literal["question", "reasoning", "text", "code", "output", "failed", "invented", "answer"]
-_BOX = re.compile(r"\\boxed\s*\{")
+_BOX = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _ANSWER_TAG = re.compile(r"<answer>(?:(?!</?answer>).)*</answer>", re.DOTALL)
 _HASH_LINE = re.compile(r"^[ \t]*####[ \t]+\S.*$", re.MULTILINE)
 
@@ -112,11 +112,9 @@ def _with_answer(found: list[Part], answer: str) -> list[Part]:
 def _stated(text: str, answer: str) -> tuple[int, int] | None:
     """Where ``answer`` is stated last; None where no form of it is found."""
     last = None
-    for opened in _BOX.finditer(text):
-        end = _closed(text, opened.end())
-        inside_last = last is not None and opened.start() < last[1]
-        if end and not inside_last and extract_answer(text[opened.start() : end]) == answer:
-            last = (opened.start(), end)
+    for start, end in _boxes(text):
+        if extract_answer(text[start:end]) == answer:
+            last = (start, end)
     if last is None:
         for pattern in (_ANSWER_TAG, _HASH_LINE):
             for match in pattern.finditer(text):
@@ -125,14 +123,21 @@ def _stated(text: str, answer: str) -> tuple[int, int] | None:
     return last
 
 
-def _closed(text: str, at: int) -> int:
-    """Behind the brace that closes one opened before ``at``; 0 if there is none."""
-    depth = 1
-    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, at):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if not depth:
-            return brace.end()
-    return 0
+def _boxes(text: str) -> list[tuple[int, int]]:
+    """Closed boxes that lie in no other closed one, in order; linear time."""
+    opened: list[int | None] = []  # start of a box, None for a plain brace
+    found: list[tuple[int, int]] = []
+    for match in _BOX.finditer(text):
+        token = match.group()
+        if token == "}":
+            start = opened.pop() if opened else None
+            if start is not None:
+                while found and found[-1][0] > start:
+                    found.pop()
+                found.append((start, match.end()))
+        elif token == "{" or token.startswith(r"\boxed"):
+            opened.append(None if token == "{" else match.start())
+    return found
 
 
 def _merged(found: Iterable[Part]) -> list[Part]:

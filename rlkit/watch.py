@@ -148,17 +148,22 @@ class Display:
     """One output of a notebook, updated in place.
 
     Args:
-        publish: shows a text in place of the one before.
+        publish: shows a text in place of the one before; default one output of the cell.
+        clock: seconds, for the pace of the updates.
     """
 
-    def __init__(self, publish: Callable[[str], None] | None = None) -> None:
-        self.publish = publish or _one_output()
+    def __init__(
+        self,
+        publish: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.publish, self.clock = publish or _one_output(), clock
         self._last = float("-inf")
 
     def update(self, so_far: Trace, now: bool) -> None:
-        if now or time.monotonic() - self._last >= 1 / UPDATES:
+        if now or self.clock() - self._last >= 1 / UPDATES:
             self.publish(so_far.render())
-            self._last = time.monotonic()
+            self._last = self.clock()
 
     def end(self, final: Trace) -> None:
         self.publish(final.render())
