@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from killed import Moment, arm
 from dictated import Faulty, Scripted
+from killed import Moment, arm
 from tiny import coin, tiny_config
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
