@@ -255,9 +255,7 @@ def by_subprocess(codes: Sequence[str], seconds: float) -> list[Result]:
 def _one_subprocess(code: str, seconds: float) -> Result:
     command = [sys.executable, "-c", code]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
         return Result("timeout", wall_seconds=seconds)
     if not done.returncode:

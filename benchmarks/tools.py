@@ -3,9 +3,9 @@ r"""Responses that call a tool: ``rlkit.tools`` and the usual loop, in turn in o
     python benchmarks/tools.py --markdown
     python benchmarks/tools.py --case long --markdown
 
-The usual loop (TRL's, for one) writes until every row has ended or closed a block, runs the programs
-one after the other, appends what they print, and reads all texts again from their first token. Here
-rows keep their cache and programs run beside each other and beside the rows that go on.
+The usual loop (TRL's, for one) writes until every row has ended or closed a block, runs the
+programs one after the other, appends what they print, and reads all texts again from their first
+token. Here rows keep their cache, and programs run beside each other and beside the rows that go on.
 
 All sides draw the same random number for the same place of the same row, so they write the same
 texts, which is checked; a draw next to the border between two tokens may fall to the other side, as
