@@ -5,7 +5,7 @@ r"""Responses that call a tool: ``rlkit.tools`` and the usual loop, in turn in o
 
 The usual loop (TRL's, for one) writes until every row has ended or closed a block, runs the
 programs one after the other, appends what they print, and reads all texts again from their first
-token. Here rows keep their cache, and programs run beside each other and beside the rows that go on.
+token. Here rows keep their cache, and programs run beside each other and beside rows that go on.
 
 All sides draw the same random number for the same place of the same row, so they write the same
 texts, which is checked; a draw next to the border between two tokens may fall to the other side, as
@@ -18,6 +18,7 @@ import argparse
 import functools
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -217,6 +218,8 @@ def measure(case: Case, rounds: int, names: Sequence[str]) -> list[dict[str, Mea
             round_ = {n: Measured(s, w, same_rows(n, w.ids, right)) for n, (s, w) in timed.items()}
             if at >= 0:
                 found.append(round_)
+                spent = ", ".join(f"{n}: {round_[n].seconds:.2f} s" for n in names)
+                print(f"round {at + 1}, {spent}", file=sys.stderr, flush=True)
     return found
 
 
