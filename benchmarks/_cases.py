@@ -37,12 +37,17 @@ LEARN: dict[str, Any] = {"temperature": 1.4, "learning_rate": 4e-4, "max_complet
 """Of notebook 03 on chain: what a run to an accuracy uses unless told otherwise."""
 
 
-def random_model(shape: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Model:
-    """A Qwen2 model with random weights that speaks the embedded tokenizer's ids."""
+def random_model(
+    shape: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None
+) -> Model:
+    """A Qwen2 model with random weights that speaks the embedded tokenizer's ids.
+
+    ``vocabulary``: tokens that it knows, ``VOCABULARY`` unless given.
+    """
     torch.manual_seed(0)
     config = Qwen2Config(
         **shape,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary or VOCABULARY,
         max_position_embeddings=32_768,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},

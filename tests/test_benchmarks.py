@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +17,18 @@ from tiny import tiny_config
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from rlkit import advantages, models, paths, rewards, tasks, templates, verify_pool
+from rlkit.sandbox import Limits, PythonExecutor, Result
+from rlkit.streams import row_streams
+from rlkit.tokenizer import build_tokenizer
+from rlkit.tool_config import ToolConfig
+from rlkit.tools import Tools
 
 sys.path.insert(0, str(paths.root() / "benchmarks"))
 
 import _answers
 import _cases
 import _script
+import _turns
 import executor
 import floor
 import step
@@ -40,6 +46,8 @@ from _work import (
     rollout_work,
     trained_rows,
 )
+
+import tools
 
 STOCK = Stock(micro_batch=4, bf16=False)
 OPTIONS = [
@@ -424,3 +432,78 @@ def test_a_wrong_answer_is_noticed() -> None:
 def test_ratios_of_times_are_of_the_same_round() -> None:
     found = executor.ratios([4, 9, 2], [2, 3, 2])
     assert found == {"medians": 2, "minima": 1, "low": 1, "high": 3}
+
+
+def test_every_way_to_call_a_tool_writes_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = tools.main([
+        "--prompts", "3", "--rollouts", "2", "--rounds", "1", "--threads", "1", "--markdown",
+    ])  # fmt: skip
+    (one,) = found["rounds"]
+    assert tuple(one) == tools.SIDES
+    right = one[tools.READY].written
+    assert right.calls > 0 and 0 < right.policy_tokens < sum(map(len, right.ids))
+    for measured in one.values():
+        assert measured.written == right and measured.same == 6 and measured.seconds > 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(tools.SIDES)
+    assert {line.count("|") for line in lines} == {6}
+
+
+@pytest.mark.parametrize("work", list(tools.PROGRAMS))
+def test_long_responses_follow_the_script(work: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    monkeypatch.setattr(tools, "LONG_SHAPE", small)
+    found = tools.main([
+        "--case", "long", "--prompts", "1", "--rollouts", "2", "--rounds", "1", "--threads", "1",
+        "--work", work, "--seconds", "0", "0.01",
+    ])  # fmt: skip
+    (one,) = found["rounds"]
+    assert tuple(one) == tools.SIDES
+    for measured in one.values():  # the script's own texts: a run of ours that differs has stopped
+        assert measured.written == one[tools.READY].written
+        assert measured.written.calls == 2 * tools.LONG_CALLS
+
+
+def test_other_texts_of_a_tool_loop_are_noticed() -> None:
+    with pytest.raises(RuntimeError, match="side: 2 of 16 texts differ"):
+        tools.same_rows("side", [[1]] * 14 + [[2]] * 2, [[1]] * 16)
+    assert tools.same_rows("side", [[1]] * 15 + [[2]], [[1]] * 16) == 15
+    with pytest.raises(RuntimeError, match="row 1 is not the scripted one"):
+        tools.check_script([[4, 1], [5, 1]], np.array([[4, 1, 1], [5, 6, 1]]), end=1)
+
+
+def test_a_turn_ends_at_its_rest_of_the_budget() -> None:
+    """The usual loop obeys the same limits as ours: budget with outputs, calls, draws by place."""
+    tokenizer = build_tokenizer()
+    block = tokenizer("```python\nprint(6 * 7)\n```\n", add_special_tokens=False)["input_ids"]
+    output = tokenizer("```output\n42\n```\n", add_special_tokens=False)["input_ids"]
+    draws = _turns.Draws(row_streams([1], 3, 0))
+    held = []
+
+    def turn(texts: list[list[int]], room: int) -> list[list[int]]:
+        held.append((list(draws.active), [len(text) for text in texts], room))
+        return [[9] * 5 + block if draws.active[i] else [9] * 3 + [1] for i in range(len(texts))]
+
+    def run(codes: Sequence[str]) -> list[Result]:
+        assert set(codes) <= {"print(6 * 7)"}
+        return [Result("ok", "42\n") for _ in codes]
+
+    size = 5 + len(block) + len(output)
+    budget = 2 * size + 2
+    config = ToolConfig(tool="python", max_calls=2)
+    with PythonExecutor(Limits()) as executor:
+        kit = Tools(executor, tokenizer, config)
+        done = _turns.by_turns([[7], [7, 7], [7]], kit, draws, budget, turn, run)
+    assert done.ids[0] == [9, 9, 9, 1]
+    assert done.ids[1] == done.ids[2] == ([9] * 5 + block + output) * 2 + [9, 9]
+    assert done.calls == 4 and done.policy_tokens == 4 + 2 * (2 * (5 + len(block)) + 2)
+    assert held == [
+        ([0, 1, 2], [1, 2, 1], budget),
+        ([1, 2], [2 + size, 1 + size], budget - size),
+        ([1, 2], [2 + 2 * size, 1 + 2 * size], 2),
+    ]
