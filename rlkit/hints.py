@@ -330,7 +330,7 @@ class _StopAtFence:
         if not self._tools.may_close(new_ids):
             return None
         text = str(self._tools.tokenizer.decode(written, skip_special_tokens=False))
-        block = self._tools.find(OPEN + text)
+        block = self._tools.search()(OPEN + text)
         if block is None:
             return None
         self.blocks[row] = block

@@ -150,9 +150,10 @@ def describe(
 def _message(result: Result, limits: Limits | None) -> str:
     """One line about the status, "" if the output and the error say it all."""
     if result.status == "timeout" and limits:
-        cpu = result.cpu_seconds / limits.cpu_seconds >= result.wall_seconds / limits.wall_seconds
-        limit = f"{limits.cpu_seconds:g} s CPU" if cpu else f"{limits.wall_seconds:g} s"
-        return f"(stopped after its time limit of {limit})"
+        # Both: which of them came first depends on what else the machine does, and the same
+        # program must read the same.
+        cpu, wall = limits.cpu_seconds, limits.wall_seconds
+        return f"(stopped at its time limit: {cpu:g} s of CPU, {wall:g} s in all)"
     if result.status == "memory" and limits:
         return f"(out of memory; the limit is {limits.memory_mib:g} MiB)"
     if result.status == "error" and (result.error or result.traceback):

@@ -207,8 +207,16 @@ def test_each_end_of_a_run_has_its_message_and_the_row_goes_on(player, tools) ->
 @pytest.mark.parametrize(
     ("limits", "code", "message"),
     [
-        (Limits(0.2, 60.0), "while True: pass", "(stopped after its time limit of 0.2 s CPU)"),
-        (Limits(0.2, 0.2), "import time\ntime.sleep(9)", "(stopped after its time limit of 0.2 s)"),
+        (
+            Limits(0.2, 60.0),
+            "while True: pass",
+            "(stopped at its time limit: 0.2 s of CPU, 60 s in all)",
+        ),
+        (
+            Limits(0.2, 0.2),
+            "import time\ntime.sleep(9)",
+            "(stopped at its time limit: 0.2 s of CPU, 0.2 s in all)",
+        ),
     ],
 )
 def test_time_limits_have_their_messages(player, limits, code, message) -> None:
