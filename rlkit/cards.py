@@ -51,7 +51,7 @@ def card(
     if gate:
         parts += [
             "## Entry gate",
-            "Measured on validation problems at temperature 1 (`rlkit/gate.py`, 128 problems).",
+            "Measured on validation problems at temperature 1 (`rlkit/gate.py`).",
             "| quantity | value | wanted |\n|---|---|---|\n"
             + "\n".join(f"| {c.name} | {c.value:.3f} | {c.bounds} |" for c in gate),
         ]
