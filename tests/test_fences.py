@@ -292,6 +292,18 @@ STILL3: dict[str, tuple[str, Found]] = {
     "other cases are no opening": ("```Python\n1\n```\n\n", ("```Python\n1", "")),
     "python3 leaves its number": ("```python3\n1\n```\n\n", ("3\n1", "")),
     "a longer fence leaves a mark": ("```python\n1\n````\n\n", ("1\n`", "")),
+    "tildes stop nothing": ("~~~python\n1\n~~~\n\n", None),
+    "another tag: prose and fence are run": ("So\n```py\n1\n```\n\n", ("So\n```py\n1", "")),
+    "no tag: the same": ("So\n```\n1\n```\n\n", ("So\n```\n1", "")),
+    "in a list, the first indent goes": (
+        "1. So\n   ```python\n   1\n   2\n   ```\n\n",
+        ("1\n   2", ""),
+    ),
+    "fence in a literal": ("```python\nprint('```')\n```\n\n", ("print('```')", "")),
+    "forgotten fence, invented output": (
+        "```python\n1\n```output\n2\n```\n\n",
+        ("1\n```output\n2", ""),
+    ),
     "nothing": ("```\n\n", ("", "")),
     "CRLF": ("```python\r\n1\r\n```\r\n\r\n", None),
 }
