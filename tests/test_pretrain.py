@@ -106,7 +106,7 @@ def test_shipped_models_load_are_small_and_have_a_card(name) -> None:
     assert f"python -m rlkit pretrain {name}" in card and "seed" in card
 
 
-@pytest.mark.parametrize("name", ["tiny-base", "tiny-sft"])
+@pytest.mark.parametrize("name", ["tiny-base", "tiny-sft", "tiny-tool"])
 def test_recorded_gates_are_passed(name) -> None:
     checks = [
         Check(**row) for row in json.loads((data_dir() / "models" / name / "gate.json").read_text())
@@ -122,6 +122,14 @@ def test_shipped_base_passes_a_quick_gate(monkeypatch, tmp_path) -> None:
     assert chain.passed
     assert checks["chain: share of samples that reason"].passed
     assert checks["edge: pass@1 with a forced <think>"].passed
+
+
+def test_shipped_tool_model_gains_from_running_its_code(monkeypatch, tmp_path) -> None:
+    """At least 40 points greedy on problems that no document holds, against both other modes."""
+    monkeypatch.setenv("RLKIT_RUNS", str(tmp_path))
+    checks = {c.name: c for c in gate.check_tool("tiny-tool", problems=32, samples=4)}
+    for name in ("that minus no code", "that minus code not run", "share of calls that fail"):
+        assert checks[f"large: {name}"].passed, checks[f"large: {name}"]
 
 
 def test_gate_lines_say_pass_or_fail() -> None:
