@@ -97,7 +97,7 @@ class Tools:
             rejoin: instead of the configured way.
         """
         calls = self.config.max_calls if max_calls is None else max_calls
-        require(type(calls) is int and calls >= 1, "max_calls", calls, "an integer >= 1")
+        require(type(calls) is int and calls >= 0, "max_calls", calls, "an integer >= 0")
         return CodeLoop(self, prefill, calls, rejoin or self.config.rejoin)
 
     def search(self) -> FindBlock:

@@ -314,10 +314,16 @@ def test_as_many_calls_as_are_allowed_end_nothing(player, tools) -> None:
     assert done.stop == "eos" and len(done.tool_calls) == 1
 
 
-@pytest.mark.parametrize("calls", [0, -1, True])
+@pytest.mark.parametrize("calls", [-1, True, 1.0])
 def test_calls_have_a_lower_bound(tools, calls) -> None:
-    with pytest.raises(ConfigError, match=f"max_calls={calls}: expected an integer >= 1"):
+    with pytest.raises(ConfigError, match=f"max_calls={calls}: expected an integer >= 0"):
         tools.loop(max_calls=calls)
+
+
+def test_without_a_call_left_the_first_block_ends_the_row(player, tools) -> None:
+    """Where earlier calls of the same response were made in another pass."""
+    (done,) = player.play([tokens(block("1") + "ok")], tools, max_calls=0)
+    assert done.stop == "calls" and not done.tool_calls and done.text == block("1")
 
 
 def test_output_counts_in_the_budget_and_is_cut_by_it(player, tools) -> None:
