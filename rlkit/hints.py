@@ -268,7 +268,7 @@ class _Synthesis:
         ids = (*part.ids, *self.tools.encode(self.tools.block(result, block)))
         call = ToolCall(
             code=block.code,
-            output=self.tools.text(result),
+            output=self.tools.text(result, block.code),
             status=result.status,
             cpu_seconds=result.cpu_seconds,
             wall_seconds=result.wall_seconds,

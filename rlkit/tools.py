@@ -91,7 +91,7 @@ class Tools:
         """A loop for one call of ``Engine.generate``, as a context manager.
 
         Args:
-            prefill: as given to ``generate``; a block may begin in it.
+            prefill: as given to ``generate``; a block may begin in it (not with ``still3``).
             max_calls: calls per response instead of the configured number; 0: the first block
                 ends the response.
             rejoin: instead of the configured way.
@@ -108,8 +108,14 @@ class Tools:
         """Whether one of the tokens can hold a piece of a closing fence."""
         return any(i >= len(self._closers) or self._closers[i] for i in ids)
 
-    def text(self, result: Result) -> str:
-        """What the model reads about a run, fence not included."""
+    def text(self, result: Result, code: str | None = None) -> str:
+        """What the model reads about a run, fence not included.
+
+        ``code``: that ran; needed with ``tool_format='still3'``.
+        """
+        if self.config.tool_format == "still3":
+            shown = format_output(result, compat="still3", code=code, tokens=self._tokens)
+            return shown.removeprefix("```Output\n").removesuffix("```\n\n")
         return describe(result, **self._shown())
 
     def block(self, result: Result, code: Block) -> str:
@@ -235,7 +241,7 @@ class CodeLoop:
         infra = result.status == "infra"
         call = ToolCall(
             code=block.code,
-            output=result.error if infra else self.tools.text(result),
+            output=result.error if infra else self.tools.text(result, block.code),
             status=result.status,
             cpu_seconds=result.cpu_seconds,
             wall_seconds=result.wall_seconds,

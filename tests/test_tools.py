@@ -452,6 +452,8 @@ def test_the_study_s_format(player, tools) -> None:
     done = player.play([tokens(text) + tokens("ok") for text in STILL3], tools)
     assert [c.text for c in done] == [text + shown + "ok" for text, shown in STILL3.items()]
     assert [outputs(c) for c in done] == [[shown] for shown in STILL3.values()]
+    told = [[f"```Output\n{call.output}```\n\n" for call in c.tool_calls] for c in done]
+    assert told == [[shown] for shown in STILL3.values()], "what is recorded is what was read"
     (never,) = player.play([tokens(block("1") + "\nok")], tools)
     assert not never.tool_calls
 
