@@ -285,9 +285,13 @@ def open_tools(
     elif executor is not None:
         yield Tools(executor, tokenizer, config)
     else:
-        seconds = config.tool_seconds
-        with PythonExecutor(Limits(cpu_seconds=seconds, wall_seconds=3 * seconds)) as own:
+        with PythonExecutor(run_limits(config)) as own:
             yield Tools(own, tokenizer, config)
+
+
+def run_limits(config: ToolConfig) -> Limits:
+    """Limits of each run in an executor that ``open_tools`` makes."""
+    return Limits(cpu_seconds=config.tool_seconds, wall_seconds=3 * config.tool_seconds)
 
 
 @contextlib.contextmanager
