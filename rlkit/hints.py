@@ -344,6 +344,9 @@ class _StopAtFence:
         self._ended.clear()
         return found
 
+    def end(self, row: int) -> None:
+        self._written.pop(row, None)
+
 
 def _stream(seed: int, purpose: str, number: int, name: str) -> random.Random:
     return random.Random(stable_key(seed, purpose, number, name))

@@ -252,6 +252,12 @@ class CodeLoop:
         self._written[row] = Writing(self.tools)
         return Resume(row, self.tools.encode(self.tools.block(result, block)), call)
 
+    def end(self, row: int) -> None:
+        """Let the row's variables go: a live process each, they would add up over a call."""
+        self._written.pop(row, None)
+        if cells := self._cells.pop(row, None):
+            cells.close()
+
     def close(self) -> None:
         """Stop what still runs and let all variables go."""
         for future in self._running.values():

@@ -428,6 +428,26 @@ def test_variables_live_as_long_as_the_state_says(player, tools, state, expected
     assert all(cell.closed for cell in around.cells)
 
 
+def test_a_row_that_has_ended_keeps_no_process(player, engine, tools) -> None:
+    """Whatever ends it: else an evaluation of a thousand rows would hold a thousand of them."""
+    around = Around(tools.executor)
+    config = replace(PYTHON, tool_state="session", max_calls=1, rejoin="ready")
+    tools = Tools(around, TOKENIZER, config)
+    scripts = [tokens(block("1")), tokens(block("1") * 2), tokens(block("1") + "a" * 300)]
+    seen = []
+
+    def look(step: int) -> None:
+        seen.append([cell.closed for cell in around.cells])
+
+    player.play(scripts, tools, on_step=look)
+    assert [True, True, False] in seen
+    player.engine = Engine(engine.model, TOKENIZER, max_rows=1)
+    around.cells.clear()
+    seen.clear()
+    player.play(scripts, tools, on_step=look)
+    assert len(around.cells) == 3 and all(open_.count(False) <= 1 for open_ in seen)
+
+
 def test_samples_of_one_prompt_do_not_see_each_other(player, tools) -> None:
     code = "print(globals().get('seen'))\nseen = 1"
     tools = made(tools, tool_state="session")
