@@ -77,10 +77,10 @@ def summarise(
     ``avg@n``, ``pass@k`` and ``maj@k`` (k from 2). From the sampled rows, or the greedy ones if
     there are no others: ``completion_ratio`` (share that ended by itself), ``reasoning_rate``,
     ``accuracy_reasoning``, ``accuracy_direct``, ``length``, ``length_right``, ``length_wrong``
-    (tokens, end token and tool output included), ``keywords_verification``, ``keywords_reflection``,
-    ``keywords_correction`` and ``keywords_any``. Where code was run: ``call_rate`` (share of
-    responses with a call), ``calls`` per response, ``call_failures`` (share of calls that failed)
-    and ``tool_tokens``.
+    (tokens, end token and tool output included), ``keywords_verification``,
+    ``keywords_reflection``, ``keywords_correction`` and ``keywords_any``. Where code was run:
+    ``call_rate`` (share of responses with a call), ``calls`` per response, ``call_failures`` (share
+    of calls that failed) and ``tool_tokens``.
 
     A keyword ratio is the share of responses that hold at least one word of the category, whole
     words, any case, counted once per response (the study does not publish its denominator). On the
