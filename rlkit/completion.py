@@ -76,6 +76,16 @@ class Completion:
         """True if the policy ended the response itself inside the token budget."""
         return self.stop == "eos"
 
+    @property
+    def own_text(self) -> str:
+        """``text`` without what a tool wrote; a line break stands in its place."""
+        pieces, at = list[str](), 0
+        for start, end in (call.characters for call in self.tool_calls):
+            if start < end:
+                pieces.append(self.text[at:start])
+                at = end
+        return "\n".join([*pieces, self.text[at:]])
+
     @classmethod
     def from_ids(
         cls,

@@ -30,12 +30,14 @@ _TAG = re.compile(
 )
 _LINE = {mark: re.compile(rf"[\n{mark}]") for mark in "`~"}
 _HEAD = re.compile(r"\A[ \t]*\n?")
-_LITERAL = re.compile(
-    r"""\#[^\n]*
-    | (?P<triple>\"{3}|'{3})(?:\\.|.)*?(?:(?P=triple)|\Z)
-    | (?P<single>["'])(?:\\.|(?!(?P=single))[^\\\n])*(?P=single)?""",
-    re.DOTALL | re.VERBOSE,
-)
+_LITERAL = re.compile(r"""\#|\"{3}|'{3}|["']""")
+"""What begins a string literal or a comment of Python."""
+_LITERAL_ENDS = {
+    "#": re.compile(r"\n"),
+    **{mark: re.compile(rf"\\.|{mark}|\n", re.DOTALL) for mark in ("'", '"')},
+    **{mark: re.compile(rf"\\.|{mark}", re.DOTALL) for mark in ("'''", '"""')},
+}
+"""What ends each, or an escape, which does not."""
 _STILL3_STOP = "```\n\n"
 
 
@@ -76,7 +78,8 @@ class Search:
     _marks: str = ""  # that opened the block we are in, "" between blocks
     _code: int | None = None  # where its code begins, if it is a python block
     _behind: bool = False  # it was opened behind other text, and its line has not ended
-    _literal: tuple[int, int] = (0, 0)  # the last string or comment seen in it
+    _read: int = 0  # up to where its literals were looked for
+    _literal: str = ""  # what began the string or comment that is open there
 
     def find(self, text: str) -> Block | None:
         """As ``closed_block``; ``text`` begins with the one given before, which had no block."""
@@ -100,7 +103,7 @@ class Search:
         if tag["python"]:
             self._at = self._code = tag.end("python")
             self._marks, self._behind = fence["marks"], fence["indent"] is None
-            self._literal = (self._at, self._at)
+            self._read, self._literal = self._at, ""
             return True
         stop = _LINE[fence["marks"][0]].search(text, fence.end())
         if stop is None:
@@ -147,15 +150,19 @@ class Search:
         return True
 
     def _in_string(self, text: str, at: int) -> bool:
-        """Whether a string literal of the python block is open at ``at``."""
-        start, end = self._literal
-        if at >= end:
-            # From the last one on: it may have grown with the text.
-            for found in _LITERAL.finditer(text, start):
-                start, end = self._literal = found.span()
-                if end > at:
-                    break
-        return start < at < end and text[start] != "#"
+        """Whether a string literal of the python block is open at ``at``, where a fence begins."""
+        while self._read < at:
+            pattern = _LITERAL_ENDS[self._literal] if self._literal else _LITERAL
+            found = pattern.search(text, self._read, at)
+            if found is None:
+                self._read = at
+            else:
+                self._read = found.end()
+                if not self._literal:
+                    self._literal = found[0]
+                elif found[0][0] != "\\":
+                    self._literal = ""
+        return self._literal not in ("", "#")
 
 
 def _closes(fence: str, opened: str) -> bool:

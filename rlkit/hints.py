@@ -268,7 +268,7 @@ class _Synthesis:
         ids = (*part.ids, *self.tools.encode(self.tools.block(result, block)))
         call = ToolCall(
             code=block.code,
-            output=self.tools.text(result),
+            output=self.tools.text(result, block.code),
             status=result.status,
             cpu_seconds=result.cpu_seconds,
             wall_seconds=result.wall_seconds,
@@ -343,6 +343,9 @@ class _StopAtFence:
         found = [Resume(row, stop="calls") for row in self._ended]
         self._ended.clear()
         return found
+
+    def end(self, row: int) -> None:
+        self._written.pop(row, None)
 
 
 def _stream(seed: int, purpose: str, number: int, name: str) -> random.Random:

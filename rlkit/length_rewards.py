@@ -60,8 +60,9 @@ def reflection_actions(
     """RRA: ``R_i = min(A_i, A_max) / A_max + R_corr``, ``R_corr`` = +1 right, -1 wrong.
 
     arXiv 2503.04548, section 4.2, with ``A_max`` = ``cap`` = 20. ``A_i`` counts the words however,
-    but, wait, verify, alternatively in the response: whole words, any case. The cap is the study's
-    own guard against a response of nothing but such words.
+    but, wait, verify, alternatively in the response: whole words, any case, and not in a tool's
+    output, which a line of code fills with them. The cap is the study's own guard against a
+    response of nothing but such words.
 
     Raises:
         ValueError: ``cap`` below 1.
@@ -71,7 +72,7 @@ def reflection_actions(
     return without_infra(
         completions,
         [
-            min(count_actions(c.text), cap) / cap + sign
+            min(count_actions(c.own_text), cap) / cap + sign
             for c, sign in zip(completions, _signs(completions, problems), strict=True)
         ],
     )

@@ -11,14 +11,17 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, get_args
 
 from rlkit import evaluate, runs, templates
 from rlkit.config import ModelConfig, ToolConfig
 from rlkit.engine import Sampling, load_engine
 from rlkit.evaluate import EvalResult
 from rlkit.paths import data_dir, runs_dir
+from rlkit.sandbox import Limits, PythonExecutor
+from rlkit.sandbox.executor import PACKAGES
 from rlkit.tasks import Row, load_problems
-from rlkit.tools import Executor, Mode, banned_texts, open_tools
+from rlkit.tools import Executor, Mode, banned_texts, open_tools, run_limits
 
 THINK = "<think>"
 
@@ -52,11 +55,18 @@ def measure(
         force: start every response with this text instead, behind what the template opens.
         mode: ``none``: no response may hold a backtick, so none holds code; ``written``: code is
             text like any other; ``run``: it is executed as ``tools`` says.
-        tools: with ``mode='run'``; default ``ToolConfig(tool="python")``.
-        executor: runs the code; default a sandbox of its own. One that changes results (for
-            example ``tool_probes.Falsified``) is told apart by its ``repr`` in the settings.
+        tools: the rules of ``mode='run'``, not read in the others; default
+            ``ToolConfig(tool="python")``.
+        executor: runs the code; default a sandbox of its own. In the settings it is told apart by
+            its class, its ``name`` if it has one (``tool_probes.Falsified``), its limits, and a
+            ``PythonExecutor`` by packages, seed and echo as well.
         seed: seed of the samples; the same seed pairs two policies on common random numbers.
+
+    Raises:
+        ValueError: an unknown ``mode``; an ``executor`` that the mode does not use; both
+            ``force_reasoning`` and ``force``; a forced text that ``mode='none'`` bans.
     """
+    _check(mode, executor, force, force_reasoning)
     run = runs.folder(policy) if _is_run(policy) else runs_dir() / f"models-{Path(policy).name}"
     rows = load_problems(task, split, problems)  # type: ignore[arg-type]
     settings = {
@@ -77,7 +87,7 @@ def measure(
     if mode != "written" or force:
         settings |= {"mode": mode, "force": force}
     if mode == "run":
-        settings |= {"tools": asdict(rules), "executor": getattr(executor, "name", "")}
+        settings |= {"tools": asdict(rules), **_described(executor, run_limits(rules))}
     name = f"{task}-{split}-{_digest([settings])}"
     if name in evaluate.names(run):
         return evaluate.load(run, name)
@@ -111,6 +121,35 @@ def measure(
     result.info.update(settings)
     evaluate.save(result, run, name)
     return result
+
+
+def _check(mode: str, executor: Executor | None, force: str, force_reasoning: bool) -> None:
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode={mode!r}: expected one of {get_args(Mode)}")
+    if executor is not None and mode != "run":
+        raise ValueError(f"mode={mode!r} with an executor: no code would run; set mode='run'")
+    if force and force_reasoning:
+        raise ValueError(
+            f"force={force!r} with force_reasoning=True: expected one of them. For both texts set "
+            f"force={THINK + force!r}"
+        )
+    if banned := [text for text in banned_texts("none") if mode == "none" and text in force]:
+        raise ValueError(f"force={force!r} holds {banned}, which mode='none' bans")
+
+
+def _described(executor: Executor | None, usual: Limits) -> dict[str, Any]:
+    """What tells an executor from the one that is made without it, which is ``""``."""
+    if executor is None:
+        return {"executor": ""}
+    python = isinstance(executor, PythonExecutor)
+    found = {"executor": getattr(executor, "name", "" if python else type(executor).__name__)}
+    if executor.limits != usual:
+        found["limits"] = asdict(executor.limits)
+    if isinstance(executor, PythonExecutor):
+        own = {"packages": executor.info.packages, "seed": executor.seed, "echo": executor.echo}
+        default = {"packages": PACKAGES, "seed": 0, "echo": True}
+        found |= {key: value for key, value in own.items() if value != default[key]}
+    return found
 
 
 def _is_run(policy: str | Path) -> bool:

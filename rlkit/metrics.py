@@ -37,7 +37,8 @@ class EvalResult:
 
     Attributes:
         rows: one row per sample: problem_id, decoding ("greedy" or "sampled"), sample, text,
-            answer, gold, correct, stop, n_tokens, reasoning.
+            answer, gold, correct, stop, n_tokens, reasoning; where code was run also the columns of
+            ``tool_metrics.call_columns``. ``text`` and ``n_tokens`` include tool output.
         summary: quantity name to estimate, see :func:`summarise`.
         info: how it was made: problems, samples, seed, purpose, step, sampling, prefill, infra.
     """
@@ -76,10 +77,10 @@ def summarise(
     ``avg@n``, ``pass@k`` and ``maj@k`` (k from 2). From the sampled rows, or the greedy ones if
     there are no others: ``completion_ratio`` (share that ended by itself), ``reasoning_rate``,
     ``accuracy_reasoning``, ``accuracy_direct``, ``length``, ``length_right``, ``length_wrong``
-    (tokens written, end token included), ``keywords_verification``, ``keywords_reflection``,
-    ``keywords_correction`` and ``keywords_any``. Where code was run: ``call_rate`` (share of
-    responses with a call), ``calls`` per response, ``call_failures`` (share of calls that failed)
-    and ``tool_tokens``.
+    (tokens, end token and tool output included), ``keywords_verification``,
+    ``keywords_reflection``, ``keywords_correction`` and ``keywords_any``. Where code was run:
+    ``call_rate`` (share of responses with a call), ``calls`` per response, ``call_failures`` (share
+    of calls that failed) and ``tool_tokens``.
 
     A keyword ratio is the share of responses that hold at least one word of the category, whole
     words, any case, counted once per response (the study does not publish its denominator). On the

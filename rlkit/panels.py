@@ -67,7 +67,7 @@ class Entry:
         return seeds.hierarchical(_blocks(values, math.gcd(values.shape[2], BLOCKS)))
 
     def tokens(self) -> float:
-        """Mean tokens written per answer; all voters of ``maj@k`` count."""
+        """Mean tokens per answer, tool output included; all voters of ``maj@k`` count."""
         name, _, k = self.metric.partition("@")
         length = float(self.by("length").values().mean())
         return length * int(k) if k and name in ("maj", "pass") else length

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from rlkit.sandbox.limits import Limits
 from rlkit.sandbox.result import Result, Status
 from rlkit.tool_text import head_tail
 
@@ -62,8 +63,8 @@ class SandboxFusionExecutor:
     Args:
         url: ``http://host:port``, with the path of ``/run_code`` if it is not the root. The
             environment's proxies are not used and redirects not followed.
-        wall_seconds: time limit of a run, > 0.
-        memory_mib: address space of a run in MiB, > 0.
+        wall_seconds: time limit of a run, 0.01 to 3600.
+        memory_mib: address space of a run in MiB, 16 to 1,048,576.
         running: requests in flight at once, >= 1; more wait here, outside of every time limit.
         timeout: seconds for a whole request, the server's queue included; > ``wall_seconds``.
         max_characters: of stdout, stderr and traceback each to keep, head and tail; >= 2.
@@ -84,8 +85,8 @@ class SandboxFusionExecutor:
         max_characters: int = 8192,
     ) -> None:
         for name, value, good, expected in (
-            ("wall_seconds", wall_seconds, 0 < wall_seconds < math.inf, "finite seconds > 0"),
-            ("memory_mib", memory_mib, memory_mib > 0, "MiB > 0"),
+            ("wall_seconds", wall_seconds, 0.01 <= wall_seconds <= 3600, "0.01 to 3600 seconds"),
+            ("memory_mib", memory_mib, 16 <= memory_mib <= 1 << 20, "16 to 1048576 MiB"),
             ("running", running, running >= 1, "a number >= 1"),
             ("timeout", timeout, wall_seconds < timeout < math.inf, f"more than {wall_seconds=}"),
             ("max_characters", max_characters, max_characters >= 2, "a number >= 2"),
@@ -93,6 +94,8 @@ class SandboxFusionExecutor:
             if not good:
                 raise ValueError(f"{name}={value!r}: expected {expected}")
         self._https, self._host, self._port, self._path = _parts(url)
+        # Of the server's limits those that a run here has, too; time is wall-clock time alone.
+        self.limits = Limits(wall_seconds, wall_seconds, memory_mib)
         self._limits = {"run_timeout": wall_seconds, "memory_limit_MB": memory_mib}
         self._timeout, self._max_characters = timeout, max_characters
         self._lock = threading.Lock()
@@ -125,11 +128,11 @@ class SandboxFusionExecutor:
         """``run`` for asyncio."""
         return await asyncio.wrap_future(self.submit(code))
 
-    def session(self, state: Literal["fresh", "replay"]) -> RemoteSession:
+    def session(self, state: Literal["fresh", "session", "replay"]) -> RemoteSession:
         """Cells in sequence, each in a ``fresh`` state or after a silent ``replay``.
 
         Raises:
-            ValueError: another state.
+            ValueError: ``session``, which no server keeps, or another state.
         """
         if state not in ("fresh", "replay"):
             raise ValueError(
@@ -208,11 +211,22 @@ class RemoteSession:
     replay: bool
     cells: tuple[str, ...] = ()
 
+    def submit(self, code: str) -> Future[Result]:
+        """Start the next cell; wait for its result before the one after it."""
+        if not self.replay:
+            return self.executor.submit(code)
+        return self.executor._pool.submit(self._replayed, code)
+
     def run(self, code: str) -> Result:
         """Run one cell."""
-        if not self.replay:
-            return self.executor.run(code)
-        result = self.executor.run(_REPLAY.format(self.cells, code))
+        return self.submit(code).result()
+
+    def close(self) -> None:
+        """Let the variables go."""
+        self.cells = ()
+
+    def _replayed(self, code: str) -> Result:
+        result = self.executor._counted(_REPLAY.format(self.cells, code))
         if result.ok:
             self.cells += (code,)
         return replace(result, variables="kept")
@@ -221,7 +235,7 @@ class RemoteSession:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.cells = ()
+        self.close()
 
 
 _REPLAY = """\

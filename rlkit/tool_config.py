@@ -25,8 +25,9 @@ class ToolConfig:
     """Calls that a response may make; >= 1. The next block ends it (stop ``calls``). The study has
     no limit; its follow-up (arXiv 2505.24480) ends with 4."""
     first_calls: int = 0
-    """RL only: calls allowed at step 1; grows by one every ``calls_every`` steps up to
-    ``max_calls``. 0: ``max_calls`` throughout. The follow-up: 2, then 3, then 4."""
+    """RL only: calls that rollouts may make at step 1; grows by one every ``calls_every`` steps up
+    to ``max_calls``, which evaluations have from the start. 0: ``max_calls`` throughout. The
+    follow-up: 2, then 3, then 4."""
     calls_every: int = 100
     """RL only: steps between two increases; >= 1."""
     tool_state: ToolState = "fresh"

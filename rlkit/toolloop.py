@@ -7,7 +7,7 @@ chunk, so nothing is ever read twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -73,6 +73,10 @@ class ToolLoop(Protocol):
         """Results that are there and not yet collected; ``wait``: at least one, blocking."""
         ...
 
+    def end(self, row: int) -> None:
+        """``row`` has ended: nothing of it is needed any more."""
+        ...
+
 
 class Waiting:
     """Rows that wait for a tool, with their caches.
@@ -101,6 +105,8 @@ class Waiting:
 
         Their caches are copied from ``decoder``, which is left unchanged.
         """
+        for row in batch[done].tolist():
+            self.loop.end(self.offset + row)
         paused = np.zeros(len(batch), dtype=np.bool_)
         for i in np.flatnonzero(~done):
             number = self.offset + int(batch[i])
@@ -136,8 +142,10 @@ class Waiting:
                 break
         return sorted(found.items())
 
-    def leave(self, answered: Iterable[int], going_on: Sequence[int]) -> Decoder | None:
+    def leave(self, answered: Sequence[int], going_on: Sequence[int]) -> Decoder | None:
         """Drop the ``answered`` rows; a decoder of those ``going_on`` among them, in that order."""
+        for row in sorted(set(answered).difference(going_on)):
+            self.loop.end(self.offset + row)
         place: Mapping[int, int] = {row: i for i, row in enumerate(self.rows)}
         left = sorted(set(self.rows).difference(answered), key=place.__getitem__)
         taken = torch.tensor([place[row] for row in going_on], dtype=torch.long)

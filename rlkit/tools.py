@@ -91,13 +91,13 @@ class Tools:
         """A loop for one call of ``Engine.generate``, as a context manager.
 
         Args:
-            prefill: as given to ``generate``; a block may begin in it.
+            prefill: as given to ``generate``; a block may begin in it (not with ``still3``).
             max_calls: calls per response instead of the configured number; 0: the first block
                 ends the response.
             rejoin: instead of the configured way.
         """
         calls = self.config.max_calls if max_calls is None else max_calls
-        require(type(calls) is int and calls >= 1, "max_calls", calls, "an integer >= 1")
+        require(type(calls) is int and calls >= 0, "max_calls", calls, "an integer >= 0")
         return CodeLoop(self, prefill, calls, rejoin or self.config.rejoin)
 
     def search(self) -> FindBlock:
@@ -108,8 +108,14 @@ class Tools:
         """Whether one of the tokens can hold a piece of a closing fence."""
         return any(i >= len(self._closers) or self._closers[i] for i in ids)
 
-    def text(self, result: Result) -> str:
-        """What the model reads about a run, fence not included."""
+    def text(self, result: Result, code: str | None = None) -> str:
+        """What the model reads about a run, fence not included.
+
+        ``code``: that ran; needed with ``tool_format='still3'``.
+        """
+        if self.config.tool_format == "still3":
+            shown = format_output(result, compat="still3", code=code, tokens=self._tokens)
+            return shown.removeprefix("```Output\n").removesuffix("```\n\n")
         return describe(result, **self._shown())
 
     def block(self, result: Result, code: Block) -> str:
@@ -235,7 +241,7 @@ class CodeLoop:
         infra = result.status == "infra"
         call = ToolCall(
             code=block.code,
-            output=result.error if infra else self.tools.text(result),
+            output=result.error if infra else self.tools.text(result, block.code),
             status=result.status,
             cpu_seconds=result.cpu_seconds,
             wall_seconds=result.wall_seconds,
@@ -245,6 +251,12 @@ class CodeLoop:
             return Resume(row, call=call, stop="infra")
         self._written[row] = Writing(self.tools)
         return Resume(row, self.tools.encode(self.tools.block(result, block)), call)
+
+    def end(self, row: int) -> None:
+        """Let the row's variables go: a live process each, they would add up over a call."""
+        self._written.pop(row, None)
+        if cells := self._cells.pop(row, None):
+            cells.close()
 
     def close(self) -> None:
         """Stop what still runs and let all variables go."""
@@ -279,9 +291,13 @@ def open_tools(
     elif executor is not None:
         yield Tools(executor, tokenizer, config)
     else:
-        seconds = config.tool_seconds
-        with PythonExecutor(Limits(cpu_seconds=seconds, wall_seconds=3 * seconds)) as own:
+        with PythonExecutor(run_limits(config)) as own:
             yield Tools(own, tokenizer, config)
+
+
+def run_limits(config: ToolConfig) -> Limits:
+    """Limits of each run in an executor that ``open_tools`` makes."""
+    return Limits(cpu_seconds=config.tool_seconds, wall_seconds=3 * config.tool_seconds)
 
 
 @contextlib.contextmanager

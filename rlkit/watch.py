@@ -35,6 +35,9 @@ class NoTools:
     def collect(self, wait: bool) -> list[Resume]:
         return []
 
+    def end(self, row: int) -> None:
+        pass
+
 
 class Watched:
     """A tool loop that tells what passes through it; see ``toolloop.ToolLoop``.
@@ -72,6 +75,10 @@ class Watched:
         for result in results:
             self.on_tokens(result.row, result.ids, result.call)
         return results
+
+    def end(self, row: int) -> None:
+        """Hand on."""
+        self.loop.end(row)
 
 
 class Screen(Protocol):

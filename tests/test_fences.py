@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from rlkit import fences
 from rlkit.fences import Block, Search, closed_block, still3_block
 from rlkit.tokenizer import build_tokenizer
 
@@ -313,3 +314,29 @@ STILL3: dict[str, tuple[str, Found]] = {
 def test_the_study_s_rule(name) -> None:
     text, expected = STILL3[name]
     assert still3_block(text) == (expected and Block(*expected))
+
+
+class Counting:
+    """A pattern that counts the characters it is sent over."""
+
+    def __init__(self, pattern: re.Pattern[str]) -> None:
+        self.pattern, self.seen = pattern, 0
+
+    def search(self, text: str, start: int, end: int) -> re.Match[str] | None:
+        found = self.pattern.search(text, start, end)
+        self.seen += (found.end() if found else end) - start
+        return found
+
+
+@pytest.mark.parametrize("quote", ['"', "'''"])
+def test_a_string_of_fences_is_read_once(monkeypatch, quote) -> None:
+    """From its start at each fence, one response in a rut would hold up a batch for minutes."""
+    counting = Counting(fences._LITERAL_ENDS[quote])
+    monkeypatch.setitem(fences._LITERAL_ENDS, quote, counting)
+    search, text = Search(), f"```python\ns = {quote}"
+    for _ in range(200):
+        text += "a ``` "
+        assert search.find(text) is None
+    assert 1000 < counting.seen <= len(text)
+    block = search.find(text + quote + "\n```")
+    assert block is not None and block.code == text.removeprefix("```python\n") + quote

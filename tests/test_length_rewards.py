@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from rlkit.completion import Completion
+from rlkit.completion import Completion, ToolCall
 from rlkit.length_rewards import count_actions, reflection_actions, relative_length
 
 PROBLEM = {"problem_id": "p", "answer": "7", "answer_type": "integer"}
@@ -99,3 +99,18 @@ def test_another_cap():
     assert reflection_actions([row], [PROBLEM], cap=6) == [1.5]
     with pytest.raises(ValueError, match="cap=0: expected"):
         reflection_actions([row], [PROBLEM], cap=0)
+
+
+def test_words_that_a_tool_printed_are_not_the_policys():
+    code, printed = "print('but wait ' * 9)", "but wait " * 9
+    head, tail = f"wait\n```python\n{code}\n```", r"however \boxed{7}"
+    shown = f"\n```output\n{printed}\n```\n"
+    place = (len(head), len(head + shown))
+    call = ToolCall(code, printed, "ok", 0.1, 0.1, (0, 0), place)
+    row = Completion.from_text(head + shown + tail)
+    assert reflection_actions([row], [PROBLEM], cap=40) == [1 + 22 / 40]
+    row = dataclasses.replace(row, tool_calls=(call,))
+    assert row.own_text == f"{head}\n{tail}"
+    assert reflection_actions([row], [PROBLEM], cap=40) == [1 + 4 / 40]
+    unplaced = dataclasses.replace(call, characters=(0, 0))
+    assert dataclasses.replace(row, tool_calls=(unplaced,)).own_text == row.text

@@ -15,8 +15,12 @@ from typing import Any
 
 import pytest
 
+from rlkit.config import ToolConfig
 from rlkit.remote_executor import MAX_BYTES, START, SandboxFusionExecutor
+from rlkit.sandbox import Limits
+from rlkit.tokenizer import build_tokenizer
 from rlkit.tool_text import describe
+from rlkit.tools import Executor, Tools
 
 RELEASE = threading.Event()
 
@@ -338,6 +342,25 @@ def test_replayed_cells(executor):
         last = session.run("print(x, __name__)\nprint('{}')")
         assert (last.stdout, last.stderr) == ("[1, 2] __main__\n{}\n", "")
     assert session.cells == ()
+
+
+@pytest.mark.parametrize(("state", "shown"), [("fresh", "NameError"), ("replay", "1")])
+def test_it_serves_the_tool_loop(executor: Executor, state, shown):
+    """Its limits are told, and blocks of a response run one after the other."""
+    assert executor.limits == Limits(cpu_seconds=3.0, wall_seconds=3.0, memory_mib=1024)
+    tokenizer = build_tokenizer()
+    tools = Tools(executor, tokenizer, ToolConfig(tool="python", tool_state=state))
+    outputs = []
+    with tools.loop() as loop:
+        for code in ("x = 1", "print(x)"):
+            text = f"```python\n{code}\n```"
+            found = [loop.feed(0, [i]) for i in tokenizer(text)["input_ids"]]
+            assert found[-1] == code
+            loop.submit(0, code)
+            (back,) = loop.collect(wait=True)
+            outputs.append(back.call.output)
+    assert outputs[0] == "(no output; use print to show values)"
+    assert outputs[1].startswith(shown)
 
 
 def test_live_sessions_are_refused(executor):

@@ -1,102 +1,96 @@
-"""Failure rates per call, their differences, and pass@k against tokens."""
+"""Failure rates of calls and their differences, by hand."""
 
 from __future__ import annotations
 
-import numpy as np
+import math
+from collections.abc import Sequence
+
 import pandas as pd
 import pytest
 
-from rlkit import figures
-from rlkit.metrics import EvalResult, summarise
+from rlkit import stats
+from rlkit.metrics import EvalResult
 from rlkit.panels import Entry
 from rlkit.tool_panels import failure_fall, failures
 
-
-def result(calls: list[list[int]], failed: list[list[int]], stop: str = "eos") -> EvalResult:
-    """Problem by sample: how many calls, how many of them failed."""
-    rows = [
-        {
-            "problem_id": f"large:{p}",
-            "decoding": "sampled",
-            "sample": s,
-            "text": "",
-            "answer": "1",
-            "gold": "1",
-            "correct": bool((p + s) % 2),
-            "stop": stop,
-            "n_tokens": 10,
-            "reasoning": True,
-            "calls": n,
-            "failed_calls": failed[p][s],
-            "tool_tokens": 5 * n,
-        }
-        for p, line in enumerate(calls)
-        for s, n in enumerate(line)
-    ]
-    greedy = [{**row, "decoding": "greedy", "calls": 9, "failed_calls": 9} for row in rows[:1]]
-    frame = pd.DataFrame(rows + greedy)
-    return EvalResult(frame, summarise(frame))
+IDS = [f"large:{i}" for i in range(10)]
 
 
-def entry(label: str, *results: EvalResult) -> Entry:
-    return Entry(label, results)
+def result(
+    calls: Sequence[int], failed: Sequence[int], *, ids: Sequence[str] = IDS, infra: int = 0
+) -> EvalResult:
+    """One sample per problem, of which the first ``infra`` were lost; a greedy row to ignore."""
+    n = len(ids)
+    rows = {
+        "problem_id": [*ids, ids[0]],
+        "decoding": ["sampled"] * n + ["greedy"],
+        "stop": ["infra"] * infra + ["eos"] * (n + 1 - infra),
+        "calls": [*calls, 50],
+        "failed_calls": [*failed, 50],
+    }
+    return EvalResult(pd.DataFrame(rows), {})
 
 
-BEFORE = result([[2, 1], [1, 0], [2, 2]], [[1, 0], [1, 0], [1, 1]])  # 4 of 8
-AFTER = result([[1, 1], [1, 1], [1, 1]], [[0, 0], [1, 0], [0, 0]])  # 1 of 6
+HALF = result([1] * 10, [1] * 5 + [0] * 5)
+TENTH = result([1] * 10, [1] + [0] * 9)
 
 
-def test_a_rate_is_per_call_and_greedy_rows_do_not_count():
-    assert failures(entry("a", BEFORE)).value == pytest.approx(4 / 8)
-    assert failures(entry("a", BEFORE, AFTER)).value == pytest.approx(5 / 14)
-    assert BEFORE["call_failures"].value == pytest.approx(4 / 8)
-    assert BEFORE["call_rate"].value == pytest.approx(5 / 6)
-    assert BEFORE["calls"].value == pytest.approx(8 / 6)
-
-
-def test_without_a_call_the_rate_is_undefined():
-    none = entry("none", result([[0, 0]], [[0, 0]]))
-    assert np.isnan(failures(none).value)
-    fall = failure_fall(entry("b", AFTER), entry("none", result([[0, 0]] * 3, [[0, 0]] * 3)), 0.03)
-    assert np.isnan(fall.difference.value) and fall.verdict.conclusion == "INCONCLUSIVE"
-
-
-def test_the_fall_of_one_seed_is_old_minus_new_with_a_bootstrap_over_problems():
-    fall = failure_fall(entry("new", AFTER), entry("old", BEFORE), 0.03)
-    assert fall.difference.value == pytest.approx(4 / 8 - 1 / 6)
-    assert fall.per_seed == (pytest.approx(1 / 3),)
-    assert fall.difference.low < fall.difference.value < fall.difference.high
-    back = failure_fall(entry("old", BEFORE), entry("new", AFTER), 0.03)
-    assert back.difference.value == pytest.approx(-fall.difference.value)
-    same = failure_fall(entry("old", BEFORE), entry("old", BEFORE), 0.03)
-    assert same.difference.value == same.difference.low == same.difference.high == 0
-
-
-def test_over_seeds_the_wider_interval_counts_and_few_seeds_allow_no_verdict():
-    old = entry("old", BEFORE)
-    worse = result([[1, 1], [1, 1], [1, 1]], [[1, 1], [1, 1], [0, 1]])  # 5 of 6
-    two = failure_fall(entry("new", AFTER, worse), old, 0.03)
-    assert two.per_seed == (pytest.approx(1 / 3), pytest.approx(1 / 2 - 5 / 6))
-    assert two.difference.method.startswith("t over 2 seeds")
-    assert two.verdict.conclusion == "INCONCLUSIVE" and "2 seed(s)" in two.verdict.reason
-    good = result([[1, 1]] * 3, [[0, 0]] * 3)
-    six = failure_fall(entry("new", *[good] * 6), old, 0.03)
-    assert six.difference.value == pytest.approx(0.5) and six.scope == "recipe, 6 seeds"
-    assert six.verdict.conclusion == "BETTER"
-
-
-def test_seeds_must_pair_and_calls_must_be_known():
-    with pytest.raises(ValueError, match="'old' has 2 seeds and 'new' 3"):
-        failure_fall(entry("new", *[AFTER] * 3), entry("old", *[BEFORE] * 2), 0.03)
-    plain = EvalResult(BEFORE.rows.drop(columns=["calls", "failed_calls"]), {})
+def test_rates_by_hand() -> None:
+    assert failures(Entry("e", (HALF,))).value == 0.5
+    assert failures(Entry("e", (HALF, TENTH))).value == 0.3
+    assert math.isnan(failures(Entry("e", (result([0] * 10, [0] * 10),))).value)
     with pytest.raises(ValueError, match="mode='run'"):
-        failures(entry("plain", plain))
+        failures(Entry("e", (EvalResult(HALF.rows.drop(columns="calls"), {}),)))
 
 
-def test_passk_curves_can_be_drawn_against_the_tokens_of_k_answers():
-    summary = BEFORE.summary
-    plain = figures.passk_curves({"a": summary})
-    priced = figures.passk_curves({"a": summary}, tokens={"a": 50.0})
-    assert list(plain.data[1].x) == [1, 2] and list(priced.data[1].x) == [50, 100]
-    assert list(plain.data[1].y) == list(priced.data[1].y)
-    assert priced.layout.xaxis.title.text == "tokens of k attempts"
+def test_lost_responses_say_nothing_about_the_policy() -> None:
+    lost = result([1] * 10, [1] * 5 + [0] * 5, infra=4)
+    assert failures(Entry("e", (lost,))).value == pytest.approx(1 / 6)
+    fall = failure_fall(Entry("new", (lost,)), Entry("old", (HALF,)), 0.05)
+    assert fall.difference.value == pytest.approx(0.5 - 1 / 6)
+
+
+def test_one_seed_is_paired_over_problems() -> None:
+    fall = failure_fall(Entry("new", (TENTH,)), Entry("old", (HALF,)), 0.05)
+    assert fall.difference.value == pytest.approx(0.4)
+    assert fall.per_seed == (pytest.approx(0.4),) and fall.verdict.conclusion == "BETTER"
+    # Each problem has one call on either side, so this is a mean of differences.
+    paired = stats.bootstrap([0.0] + [1.0] * 4 + [0.0] * 5)
+    assert fall.difference.low == pytest.approx(paired.low)
+    assert fall.difference.high == pytest.approx(paired.high)
+
+
+def test_other_problems_are_refused() -> None:
+    others = result([1] * 10, [1] * 10, ids=[f"large:{i}" for i in range(1, 11)])
+    with pytest.raises(ValueError, match=r"different problems \(10 and 10\)"):
+        failure_fall(Entry("new", (TENTH,)), Entry("old", (others,)), 0.05)
+    fewer = result([1] * 9, [1] * 9, ids=IDS[:9])
+    with pytest.raises(ValueError, match=r"different problems \(9 and 10\)"):
+        failure_fall(Entry("new", (TENTH, fewer)), Entry("old", (fewer,)), 0.05)
+
+
+def test_a_seed_without_calls_is_not_passed_over() -> None:
+    silent = result([0] * 10, [0] * 10)
+    fall = failure_fall(Entry("new", (TENTH,) * 5 + (silent,)), Entry("old", (HALF,)), 0.05)
+    assert math.isnan(fall.difference.value) and fall.verdict.conclusion == "INCONCLUSIVE"
+
+
+def test_several_seeds_count_alike_whatever_they_call() -> None:
+    busy = result([10] * 10, [2] * 10)
+    new = Entry("new", (TENTH, busy) * 3)
+    fall = failure_fall(new, Entry("old", (HALF,)), 0.05)
+    assert fall.difference.value == pytest.approx(0.35)
+    assert fall.per_seed == pytest.approx([0.4, 0.3] * 3)
+    assert fall.difference.high - fall.difference.low > 0.05, "problems are not known exactly"
+    few = failure_fall(Entry("new", (TENTH,) * 5), Entry("old", (HALF,)), 0.05)
+    assert few.verdict.conclusion == "INCONCLUSIVE"
+    with pytest.raises(ValueError, match="expected as many, or one"):
+        failure_fall(Entry("new", (TENTH,) * 3), Entry("old", (HALF,) * 2), 0.05)
+
+
+def test_no_spread_is_no_certainty() -> None:
+    clean = Entry("e", (result([1] * 10, [0] * 10),))
+    fall = failure_fall(clean, clean, 0.05)
+    bound = stats.wilson(0, 10).high
+    assert (fall.difference.low, fall.difference.value, fall.difference.high) == (-bound, 0, bound)
+    assert fall.verdict.conclusion == "INCONCLUSIVE"

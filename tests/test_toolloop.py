@@ -52,12 +52,14 @@ class Scripted:
     since: dict[int, int] = field(default_factory=dict)
     done: dict[int, int] = field(default_factory=dict)
     batches: list[list[int]] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
 
     def feed(self, row: int, new_ids: Sequence[int]) -> str | None:
         assert row not in self.running, "a waiting row must not generate"
+        assert row not in self.ended, "an ended row must not generate"
         self.seen.setdefault(row, []).extend(new_ids)
         self.since[row] = self.since.get(row, 0) + len(new_ids)
         steps, number = self.plan.get(row, []), self.done.get(row, 0)
@@ -84,6 +86,10 @@ class Scripted:
             out.append(Resume(row, step.ids, call, step.stop))  # type: ignore[arg-type]
         self.batches.append([r.row for r in out])
         return out
+
+    def end(self, row: int) -> None:
+        assert row not in self.running, "a waiting row has not ended"
+        self.ended.append(row)
 
 
 # Prompt 0: rows 0 to 3, and so on. Several calls, at the first token, back to back, none at all.
@@ -153,6 +159,7 @@ def test_continued_rows_equal_a_full_forward_pass(model, tokenizer, decoder, rej
         np.testing.assert_allclose(found[mask], expected[mask], rtol=0, atol=1e-5)
         assert not found[~mask].any()
     assert sum(len(c.tool_calls) for c in done) > 10
+    assert sorted(loop.ended) == list(range(len(done))), "each row ends once"
 
 
 @pytest.mark.parametrize("rejoin", ["barrier", "ready"])

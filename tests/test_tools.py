@@ -314,10 +314,16 @@ def test_as_many_calls_as_are_allowed_end_nothing(player, tools) -> None:
     assert done.stop == "eos" and len(done.tool_calls) == 1
 
 
-@pytest.mark.parametrize("calls", [0, -1, True])
+@pytest.mark.parametrize("calls", [-1, True, 1.0])
 def test_calls_have_a_lower_bound(tools, calls) -> None:
-    with pytest.raises(ConfigError, match=f"max_calls={calls}: expected an integer >= 1"):
+    with pytest.raises(ConfigError, match=f"max_calls={calls}: expected an integer >= 0"):
         tools.loop(max_calls=calls)
+
+
+def test_without_a_call_left_the_first_block_ends_the_row(player, tools) -> None:
+    """Where earlier calls of the same response were made in another pass."""
+    (done,) = player.play([tokens(block("1") + "ok")], tools, max_calls=0)
+    assert done.stop == "calls" and not done.tool_calls and done.text == block("1")
 
 
 def test_output_counts_in_the_budget_and_is_cut_by_it(player, tools) -> None:
@@ -422,6 +428,26 @@ def test_variables_live_as_long_as_the_state_says(player, tools, state, expected
     assert all(cell.closed for cell in around.cells)
 
 
+def test_a_row_that_has_ended_keeps_no_process(player, engine, tools) -> None:
+    """Whatever ends it: else an evaluation of a thousand rows would hold a thousand of them."""
+    around = Around(tools.executor)
+    config = replace(PYTHON, tool_state="session", max_calls=1, rejoin="ready")
+    tools = Tools(around, TOKENIZER, config)
+    scripts = [tokens(block("1")), tokens(block("1") * 2), tokens(block("1") + "a" * 300)]
+    seen = []
+
+    def look(step: int) -> None:
+        seen.append([cell.closed for cell in around.cells])
+
+    player.play(scripts, tools, on_step=look)
+    assert [True, True, False] in seen
+    player.engine = Engine(engine.model, TOKENIZER, max_rows=1)
+    around.cells.clear()
+    seen.clear()
+    player.play(scripts, tools, on_step=look)
+    assert len(around.cells) == 3 and all(open_.count(False) <= 1 for open_ in seen)
+
+
 def test_samples_of_one_prompt_do_not_see_each_other(player, tools) -> None:
     code = "print(globals().get('seen'))\nseen = 1"
     tools = made(tools, tool_state="session")
@@ -446,6 +472,8 @@ def test_the_study_s_format(player, tools) -> None:
     done = player.play([tokens(text) + tokens("ok") for text in STILL3], tools)
     assert [c.text for c in done] == [text + shown + "ok" for text, shown in STILL3.items()]
     assert [outputs(c) for c in done] == [[shown] for shown in STILL3.values()]
+    told = [[f"```Output\n{call.output}```\n\n" for call in c.tool_calls] for c in done]
+    assert told == [[shown] for shown in STILL3.values()], "what is recorded is what was read"
     (never,) = player.play([tokens(block("1") + "\nok")], tools)
     assert not never.tool_calls
 
