@@ -138,7 +138,7 @@ def by_turns(
             policy_tokens += len(new)
             if new[-1] in ends or len(ids[row]) == budget:
                 continue
-            block = tools.find(str(tools.tokenizer.decode(new)))
+            block = tools.search()(str(tools.tokenizer.decode(new)))
             if block is None:
                 raise RuntimeError(f"row {row} stopped without a block, an end or its budget")
             if calls[row] < tools.config.max_calls:
@@ -161,7 +161,7 @@ class _Fences(StopTexts):
         self.may_end = np.array([tools.may_close([i]) for i in range(vocabulary)])
 
     def found(self, tail: Sequence[int]) -> bool:
-        return self.tools.find(str(self.tokenizer.decode(list(tail)))) is not None
+        return self.tools.search()(str(self.tokenizer.decode(list(tail)))) is not None
 
 
 class TurnEngine(Engine):
@@ -213,7 +213,7 @@ class _AtFence(StoppingCriteria):
             if row in self.length or not self.tools.may_close([newest]):
                 continue
             new = input_ids[row, self.start :].tolist()
-            if self.tools.find(str(self.tools.tokenizer.decode(new))) is not None:
+            if self.tools.search()(str(self.tools.tokenizer.decode(new))) is not None:
                 self.length[row] = len(new)
                 ended[row] = True
         return ended
